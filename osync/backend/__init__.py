@@ -1,0 +1,1 @@
+"""What a node fronts: an Ollama, or the embedded engine."""

@@ -1,0 +1,7 @@
+"""The backend that answers Ollama's API with llama.cpp inside the daemon: no Ollama needed."""
+
+from __future__ import annotations
+
+from osync.backend.engine.backend import OLLAMA_API, EngineBackend
+
+__all__ = ["OLLAMA_API", "EngineBackend"]

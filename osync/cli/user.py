@@ -1,0 +1,225 @@
+"""The command `osync`: what a user asks a cluster."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from osync.version import __version__
+from osync.cli import legacy
+from osync.cli.options import Host, Json, Options, Port, Url, connect, model_options, reported
+from osync.cli.tables import ago, print_json, print_table, size
+from osync.client.answers import ShowResponse
+from osync.errors import BadRequest, ModelNotFound, NotSupported, OsyncError
+
+app = typer.Typer(
+    name="osync",
+    help="Ask a cluster of Ollamas. The daemon is `osyncd`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(help="Name of the model, as name:tag.")]
+
+
+def main() -> None:
+    """Entry point of osync."""
+    app()
+
+
+@app.command()
+@reported
+def status(host: Host = None, port: Port = None, url: Url = None, as_json: Json = False) -> None:
+    """Show the nodes of the cluster."""
+    from osync.cli.status import print_status
+
+    with connect(host, port, url) as client:
+        cluster = client.status()
+    if not cluster.raw:
+        raise NotSupported("what answers there is no osync proxy; name one with --host and --port, or --url")
+    if as_json:
+        print_json(cluster.raw)
+    else:
+        print_status(cluster)
+
+
+@app.command()
+@reported
+def models(host: Host = None, port: Port = None, url: Url = None, as_json: Json = False) -> None:
+    """List the models that nodes have."""
+    with connect(host, port, url) as client:
+        found = client.list()
+    if as_json:
+        print_json(found.raw)
+        return
+    rows = [(m.name or m.model, m.digest.removeprefix("sha256:")[:12], size(m.size),
+             m.details.parameter_size or "-", m.details.quantization_level or "-", ago(m.modified_at))
+            for m in found.models]  # fmt: skip
+    print_table(("name", "id", "size", "parameters", "quantization", "modified"), rows)
+
+
+@app.command()
+@reported
+def ps(host: Host = None, port: Port = None, url: Url = None, as_json: Json = False) -> None:
+    """List the models that are in memory."""
+    with connect(host, port, url) as client:
+        found = client.ps()
+    if as_json:
+        print_json(found.raw)
+        return
+    rows = [(m.name or m.model, m.digest.removeprefix("sha256:")[:12], size(m.size), _processor(m.size, m.size_vram),
+             str(m.context_length or "-"), ago(m.expires_at)) for m in found.models]  # fmt: skip
+    print_table(("name", "id", "size", "processor", "context", "until"), rows)
+
+
+def _processor(total: int, vram: int) -> str:
+    if not vram or not total:
+        return "CPU"
+    share = min(100, round(100 * vram / total))
+    return "GPU" if share == 100 else f"{share}% GPU"
+
+
+@app.command()
+@reported
+def run(
+    model: Model,
+    prompt: Annotated[list[str] | None, typer.Argument(help="What to answer; none: a chat.")] = None,
+    option: Options = None,
+    host: Host = None,
+    port: Port = None,
+    url: Url = None,
+) -> None:
+    """Answer a prompt (given, or piped in), or chat on a terminal."""
+    from osync.cli.chat import answer_once, converse
+
+    options = model_options(option)
+    text = " ".join(prompt or ())
+    if not sys.stdin.isatty():
+        piped = sys.stdin.read().strip()
+        text = "\n\n".join(part for part in (text, piped) if part)
+        if not text:
+            raise BadRequest("no prompt: write it after the model's name, or pipe it in")
+    with connect(host, port, url) as client:
+        if text:
+            answer_once(client, model, text, options)
+        else:
+            converse(client, model, options)
+
+
+@app.command()
+@reported
+def pull(
+    model: Model,
+    insecure: Annotated[bool, typer.Option(help="Allow a registry without TLS.")] = False,
+    host: Host = None,
+    port: Port = None,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch a model onto the nodes."""
+    from osync.cli.progress import show_progress
+
+    with connect(host, port, url) as client, client.pull(model, insecure=insecure) as steps:
+        show_progress(steps, as_json=as_json)
+
+
+@app.command()
+@reported
+def rm(
+    models: Annotated[list[str], typer.Argument(help="Names of models.")],
+    host: Host = None,
+    port: Port = None,
+    url: Url = None,
+) -> None:
+    """Remove models from all nodes."""
+    failed: OsyncError | None = None
+    with connect(host, port, url) as client:
+        for model in models:
+            try:
+                client.delete(model)
+            except ModelNotFound as error:  # the others go nevertheless
+                typer.echo(f"Error: {error}", err=True)
+                failed = error
+                continue
+            typer.echo(f"deleted '{model}'")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+@reported
+def cp(
+    source: Annotated[str, typer.Argument(help="Name of the model.")],
+    destination: Annotated[str, typer.Argument(help="Its second name.")],
+    host: Host = None,
+    port: Port = None,
+    url: Url = None,
+) -> None:
+    """Give a model a second name."""
+    with connect(host, port, url) as client:
+        client.copy(source, destination)
+    typer.echo(f"copied '{source}' to '{destination}'")
+
+
+@app.command()
+@reported
+def show(
+    model: Model,
+    host: Host = None,
+    port: Port = None,
+    url: Url = None,
+    as_json: Json = False,
+    template: Annotated[bool, typer.Option("--template", help="Print only the template.")] = False,
+    modelfile: Annotated[bool, typer.Option("--modelfile", help="Print only the Modelfile.")] = False,
+) -> None:
+    """Show what is known of a model."""
+    with connect(host, port, url) as client:
+        known = client.show(model)
+    if as_json:
+        print_json(known.raw)
+    elif template or modelfile:
+        typer.echo(known.template if template else known.modelfile)
+    else:
+        print_table(("property", "value"), _properties(known))
+
+
+def _properties(known: ShowResponse) -> list[tuple[str, str]]:
+    info, details = known.model_info, known.details
+    family = str(info.get("general.architecture") or details.family)
+    rows = [
+        ("architecture", family),
+        ("parameters", details.parameter_size),
+        ("quantization", details.quantization_level),
+        ("context length", str(info.get(f"{family}.context_length") or "")),
+        ("embedding length", str(info.get(f"{family}.embedding_length") or "")),
+        ("capabilities", ", ".join(map(str, known.capabilities))),
+        ("system", " ".join(known.system.split())),
+        ("license", next((line.strip() for line in known.license.splitlines() if line.strip()), "")),
+    ]
+    rows += [("parameter", " ".join(line.split())) for line in known.parameters.splitlines() if line.strip()]
+    return [(name, value) for name, value in rows if value]
+
+
+@app.command()
+@reported
+def version(host: Host = None, port: Port = None, url: Url = None, as_json: Json = False) -> None:
+    """Show the versions of this command and of the server."""
+    answered: str | None = None
+    reason = ""
+    try:
+        with connect(host, port, url) as client:
+            answered = client.version()
+    except OsyncError as error:
+        reason = str(error)
+    if as_json:
+        print_json({"osync": __version__, "api": answered})
+        return
+    typer.echo(f"osync {__version__}")
+    typer.echo(f"server speaks Ollama {answered}" if answered is not None else f"no server: {reason}")
+
+
+legacy.add_to(app)

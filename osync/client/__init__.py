@@ -1,0 +1,1 @@
+"""Public Python clients, for asyncio and for plain code. They share all but I/O."""

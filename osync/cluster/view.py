@@ -1,0 +1,56 @@
+"""The cluster as this daemon sees it: one link per known node, and what its state says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from osync.net.exchange import Link
+from osync.types import NodeId, NodeState
+
+
+@dataclass(slots=True)
+class Peer:
+    """One known address and the link to it. A peer that never answered has no node id yet."""
+
+    link: Link
+    last_seen: float = 0.0
+    """Unix time of its newest state; 0 before the first."""
+    failures: int = 0
+    """Connection attempts that failed since it last answered."""
+    error: str = ""
+
+    @property
+    def state(self) -> NodeState | None:
+        """Its newest state while it is up, else None."""
+        return self.link.state
+
+    @property
+    def usable(self) -> bool:
+        """True if it is up, not draining, and its backend answers."""
+        state = self.link.state
+        return state is not None and state.backend.ok and not state.draining
+
+
+@dataclass(slots=True)
+class ClusterView:
+    """All peers of a proxy, in order of configuration."""
+
+    peers: list[Peer] = field(default_factory=list)
+
+    def up(self) -> Iterator[tuple[NodeState, Peer]]:
+        """Yield each node that is up once: the local link first, whatever its backend says."""
+        seen: set[NodeId] = set()
+        for peer in self.peers:
+            state = peer.state
+            if state is not None and state.node_id not in seen:
+                seen.add(state.node_id)
+                yield state, peer
+
+    def usable(self) -> Iterator[tuple[NodeState, Peer]]:
+        """Yield each node that may get requests."""
+        return ((state, peer) for state, peer in self.up() if peer.usable)
+
+    def find(self, node_id: str) -> tuple[NodeState, Peer] | None:
+        """Return the node of that id or host name if it is up."""
+        return next(((s, p) for s, p in self.up() if node_id in (s.node_id, s.hostname)), None)

@@ -1,0 +1,1 @@
+"""Drives sequences through the stages of a model."""

@@ -1,0 +1,1 @@
+"""llama.cpp embedded: bindings, stages, sampling, templates, model store."""

@@ -1,0 +1,260 @@
+"""llama.cpp, loaded on first use: the library, its log, models and contexts.
+
+Everything here but `library` must run in an `EngineThread`: it blocks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from osync.errors import ModelUnusable, NotSupported
+
+log = structlog.get_logger("osync.engine")
+
+_GGML_DEBUG, _GGML_ERROR, _GGML_CONTINUED = 1, 4, 5  # enum ggml_log_level in ggml.h
+_lock = threading.Lock()
+_library: Any = None
+_log_callback: Any = None
+_errors = threading.local()
+"""`.lines`: what llama.cpp called an error in this thread since the list was last emptied."""
+
+
+def library() -> Any:
+    """Return llama.cpp's C API, initialized once. Raises NotSupported where it is not installed."""
+    global _library, _log_callback
+    with _lock:
+        if _library is None:
+            try:
+                import llama_cpp.llama_cpp as api
+            except ModuleNotFoundError as error:
+                raise NotSupported(
+                    "this osync has no engine: llama.cpp is not installed (pip install 'osync[engine]')"
+                ) from error
+            except (ImportError, OSError, RuntimeError) as error:
+                raise NotSupported(f"llama.cpp is installed and cannot be loaded: {error}") from error
+            _log_callback = api.llama_log_callback(_forward_log)
+            api.llama_log_set(_log_callback, None)
+            api.llama_backend_init()
+            _library = api
+        return _library
+
+
+def _forward_log(level: int, text: bytes | None, _: object) -> None:
+    if level in {_GGML_DEBUG, _GGML_CONTINUED}:  # thousands of lines per load
+        return
+    line = (text or b"").decode("utf-8", "replace").strip()
+    if len(line) < 2:  # the dots of llama.cpp's own progress bar
+        return
+    if level == _GGML_ERROR:
+        lines = getattr(_errors, "lines", None)
+        if lines is not None and len(lines) < 16:
+            lines.append(line)
+        log.warning("llama_log", line=line)
+    else:
+        log.debug("llama_log", line=line)
+
+
+def _last_errors() -> list[str]:
+    lines: list[str] = getattr(_errors, "lines", [])
+    _errors.lines = []
+    return lines
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0)) or 1
+    return os.cpu_count() or 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextSettings:
+    """What a context is made with; lengths in tokens."""
+
+    context_length: int
+    """Of one sequence."""
+    sequences: int = 1
+    n_batch: int = 512
+    threads: int = 0
+    flash_attention: str = "auto"
+    kv_type: str = "f16"
+    unified: bool = True
+    """One KV buffer for all sequences: prompts and single tokens share an evaluation at no cost.
+    Apart, where a sequence's cells lie does not depend on its neighbours: needed for identical bits."""
+
+
+KV_TYPES = {"f32": (0, 4.0), "f16": (1, 2.0), "q8_0": (8, 34 / 32), "q4_0": (2, 18 / 32)}
+"""ggml's number and bytes per value of each type that a KV cache may have."""
+_FLASH = {"auto": -1, "off": 0, "on": 1}
+
+
+class Model:
+    """A model file in memory. `free` waits until nobody borrows it; afterwards borrowing fails."""
+
+    def __init__(self, pointer: Any, path: Path, gpu_layers: int) -> None:
+        self.api = library()
+        self.path = path
+        self._pointer = pointer
+        self._users = 0
+        self._idle = threading.Condition()
+        api = self.api
+        self.vocabulary_pointer = api.llama_model_get_vocab(pointer)
+        self.vocabulary_size: int = api.llama_vocab_n_tokens(self.vocabulary_pointer)
+        self.layers: int = api.llama_model_n_layer(pointer)
+        self.train_context_length: int = api.llama_model_n_ctx_train(pointer)
+        self.size_bytes: int = api.llama_model_size(pointer)
+        self.can_truncate = not (api.llama_model_is_recurrent(pointer) or api.llama_model_is_hybrid(pointer))
+        self.gpu_layers = 0
+        if api.llama_supports_gpu_offload():
+            self.gpu_layers = self.layers + 1 if gpu_layers < 0 else min(gpu_layers, self.layers + 1)
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        gpu_layers: int = -1,
+        use_mmap: bool = True,
+        cancelled: threading.Event | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> Model:
+        """Load a GGUF file; ends early with ModelUnusable once `cancelled` is set."""
+        api = library()
+        _check_file(path)
+
+        def step(done: float, _: object) -> bool:
+            if progress is not None:
+                progress(done)
+            return cancelled is None or not cancelled.is_set()
+
+        params = api.llama_model_default_params()
+        params.n_gpu_layers = gpu_layers
+        params.load_mode = api.LLAMA_LOAD_MODE_MMAP if use_mmap else api.LLAMA_LOAD_MODE_NONE
+        callback = api.llama_progress_callback(step)
+        params.progress_callback = callback
+        _errors.lines = []
+        pointer = api.llama_model_load_from_file(os.fsencode(path), params)
+        if not pointer:
+            lines = _last_errors()
+            if cancelled is not None and cancelled.is_set():
+                raise ModelUnusable(f"loading {path.name} was cancelled")
+            raise ModelUnusable(f"cannot load {path.name}: {_reason(lines)}")
+        model = cls(pointer, path, gpu_layers)
+        try:
+            model._check_kind()
+        except BaseException:
+            model.free()
+            raise
+        return model
+
+    def _check_kind(self) -> None:
+        api, name = self.api, self.path.name
+        if self.vocabulary_size < 1:
+            raise ModelUnusable(f"cannot use {name}: it has no vocabulary")
+        if api.llama_model_has_encoder(self._pointer) or not api.llama_model_has_decoder(self._pointer):
+            raise NotSupported(f"cannot generate text with {name}: it is an encoder model")
+        if api.llama_model_is_diffusion(self._pointer):
+            raise NotSupported(f"cannot generate text with {name}: it is a diffusion model")
+
+    @contextmanager
+    def borrow(self) -> Iterator[Any]:
+        """Yield the C pointer and keep the model alive meanwhile; from any thread."""
+        with self._idle:
+            if not self._pointer:
+                raise ModelUnusable(f"model {self.path.name} was unloaded")
+            self._users += 1
+        try:
+            yield self._pointer
+        finally:
+            with self._idle:
+                self._users -= 1
+                self._idle.notify_all()
+
+    def free(self) -> None:
+        """Give the memory back; blocks until the last borrower is through."""
+        with self._idle:
+            self._idle.wait_for(lambda: self._users == 0)
+            pointer, self._pointer = self._pointer, None
+        if pointer:
+            self.api.llama_model_free(pointer)
+
+    def metadata(self, key: str) -> str:
+        """Return a value of the file's metadata as text, empty where absent."""
+        buffer = ctypes.create_string_buffer(256)
+        with self.borrow() as pointer:
+            length = self.api.llama_model_meta_val_str(pointer, key.encode(), buffer, len(buffer))
+        return buffer.value.decode("utf-8", "replace") if length >= 0 else ""
+
+    def kv_bytes_per_token(self, kv_type: str) -> int:
+        """Estimate one token's KV cache over all layers from the file's metadata."""
+        with self.borrow() as pointer:
+            embd = self.api.llama_model_n_embd(pointer)
+            heads = max(1, self.api.llama_model_n_head(pointer))
+            kv_heads = self.api.llama_model_n_head_kv(pointer) or heads
+        arch = self.metadata("general.architecture")
+        width = 0
+        for part in ("key", "value"):
+            text = self.metadata(f"{arch}.attention.{part}_length")
+            width += (int(text) if text.isdigit() else embd // heads) * kv_heads
+        return int(width * self.layers * KV_TYPES[kv_type][1])
+
+    def new_context(self, settings: ContextSettings) -> Any:
+        """Return a new context's pointer; who gets it frees it before the model."""
+        api = self.api
+        if settings.kv_type not in KV_TYPES:
+            raise NotSupported(f"KV cache type {settings.kv_type!r} is not one of {', '.join(KV_TYPES)}")
+        if settings.flash_attention not in _FLASH:
+            raise NotSupported(f"flash attention {settings.flash_attention!r} is not auto, on or off")
+        if not 1 <= settings.sequences <= api.llama_max_parallel_sequences():
+            raise NotSupported(f"llama.cpp cannot hold {settings.sequences} sequences at once")
+        params = api.llama_context_default_params()
+        params.n_ctx = settings.context_length * settings.sequences
+        params.n_batch = params.n_ubatch = settings.n_batch
+        params.n_seq_max = settings.sequences
+        # Logits are kept for so many rows only: with a large vocabulary a whole batch of them is half a GB.
+        params.n_outputs_max = max(settings.sequences, min(MAX_SAMPLED, settings.n_batch))
+        params.n_threads = params.n_threads_batch = settings.threads or cores()
+        params.flash_attn_type = _FLASH[settings.flash_attention]
+        params.type_k = params.type_v = KV_TYPES[settings.kv_type][0]
+        params.kv_unified = settings.unified
+        params.no_perf = True
+        _errors.lines = []
+        with self.borrow() as pointer:
+            context = api.llama_init_from_model(pointer, params)
+        if not context:
+            raise ModelUnusable(f"cannot make a context for {self.path.name}: {_reason(_last_errors())}")
+        if not api.llama_get_memory(context):
+            api.llama_free(context)
+            raise NotSupported(f"cannot generate text with {self.path.name}: it is an embedding model")
+        return context
+
+
+MAX_SAMPLED = 64
+"""Rows of one evaluation that may be sampled where sequences do not need more."""
+
+
+def _check_file(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ModelUnusable(f"cannot read {path.name}: {error.strerror}") from error
+    if magic != b"GGUF":
+        raise ModelUnusable(f"cannot load {path.name}: it is not a GGUF file")
+
+
+def _reason(lines: list[str]) -> str:
+    """Pick the line that says most: the last of the loader's own, without its function's name."""
+    for line in lines:
+        if "error loading model" in line:
+            return line.partition("error loading model: ")[2] or line
+    return lines[0] if lines else "llama.cpp does not say why"

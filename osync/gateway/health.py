@@ -1,0 +1,54 @@
+"""Small answers of the proxy itself: the greeting, liveness, readiness, metrics."""
+
+from __future__ import annotations
+
+from osync.gateway import relay
+from osync.gateway.context import Call, Context
+from osync.telemetry.metrics import CONTENT_TYPE
+
+ADD_A_NODE = "no node is known: start this daemon with --servers host:port, or run `osyncd --role node` on a host"
+
+
+async def root(ctx: Context, call: Call) -> None:
+    """Answer as Ollama does, for clients that look whether one is there."""
+    await relay.send_text(call, 200, "Ollama is running")
+
+
+async def healthz(ctx: Context, call: Call) -> None:
+    """Say that the loop turns."""
+    await relay.send_text(call, 200, "ok\n")
+
+
+async def readyz(ctx: Context, call: Call) -> None:
+    """Say whether a request could be served now, and if not, why."""
+    reason = why_not_ready(ctx)
+    await relay.send_text(call, 503 if reason else 200, f"{reason}\n" if reason else "ready\n")
+
+
+async def metrics(ctx: Context, call: Call) -> None:
+    """Answer Prometheus."""
+    await relay.send_bytes(call, 200, CONTENT_TYPE, ctx.metrics.text())
+
+
+def usable(ctx: Context) -> bool:
+    """Return True if at least one node may get requests."""
+    return any(state.node_id not in ctx.drained for state, _ in ctx.view.usable())
+
+
+def why_not_ready(ctx: Context) -> str:
+    """Return "" if a node may get requests, else the reason in words for a person."""
+    if usable(ctx):
+        return ""
+    reasons: list[str] = []
+    for peer in ctx.view.peers:
+        state = peer.state
+        if state is None:
+            reasons.append(f"{peer.link.address} is down" + (f" ({peer.error})" if peer.error else ""))
+        elif state.draining or state.node_id in ctx.drained:
+            reasons.append(f"{state.hostname or state.node_id} is draining")
+        elif not state.backend.ok:
+            reasons.append(
+                f"{state.hostname or state.node_id}: backend {state.backend.kind} does not answer"
+                + (f" ({state.backend.error})" if state.backend.error else "")
+            )
+    return "no usable node: " + "; ".join(reasons) if reasons else ADD_A_NODE

@@ -1,0 +1,161 @@
+"""Progress of one long operation on a node, shared by all clients that asked for the same."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+
+import orjson
+
+from osync.errors import OsyncError, UpstreamError
+from osync.gateway.relay import collect
+from osync.net.exchange import Exchange
+from osync.net.tasks import Tasks
+from osync.types import NodeState, ResponseHead
+from osync.wire import ndjson
+
+MAX_PENDING = 1024
+"""Different lines (status and digest) that a slow reader may be behind: models have some ten layers."""
+
+ERROR_BODY_LIMIT = 1 << 20
+
+
+class Reader:
+    """One client's place in a shared stream. What it missed of one layer is replaced by what is newest."""
+
+    def __init__(self, seen: dict[str, bytes]) -> None:
+        self._pending = dict(seen)
+        self._wake = asyncio.Event()
+        self._ended = False
+
+    def push(self, key: str, line: bytes) -> None:
+        """Hold a line until it is read, in place of an older one of the same key."""
+        self._pending.pop(key, None)
+        self._pending[key] = line
+        if len(self._pending) > MAX_PENDING:
+            del self._pending[next(iter(self._pending))]
+        self._wake.set()
+
+    def end(self) -> None:
+        """No more lines will come."""
+        self._ended = True
+        self._wake.set()
+
+    async def lines(self) -> AsyncIterator[bytes]:
+        """Yield lines without their end, oldest first, until the stream has ended."""
+        while True:
+            while self._pending:
+                yield self._pending.pop(next(iter(self._pending)))
+            if self._ended:
+                return
+            self._wake.clear()
+            await self._wake.wait()
+
+
+class Progress:
+    """One exchange with a node that answers progress lines; it runs while anyone reads it."""
+
+    def __init__(self, state: NodeState, start: Callable[[], Exchange], ended: Callable[[Progress], None]) -> None:
+        self.state = state
+        self.head: ResponseHead | None = None
+        self.body = b""
+        """The whole answer where its status is not 200."""
+        self.error: OsyncError | None = None
+        self._ended = ended
+        self._started = asyncio.Event()
+        self._done = False
+        self._latest: dict[str, bytes] = {}
+        self._readers: set[Reader] = set()
+        self._tasks = Tasks("gateway")
+        self._task = self._tasks.spawn(f"progress[{state.node_id}]", self._run(start))
+
+    @contextmanager
+    def reader(self) -> Iterator[Reader]:
+        """Read along from the newest line of each layer on. The last to leave cancels the node's work."""
+        reader = Reader(self._latest)
+        if self._done:
+            reader.end()
+        self._readers.add(reader)
+        try:
+            yield reader
+        finally:
+            self._readers.discard(reader)
+            if not self._readers:
+                self._task.cancel()
+                self._ended(self)
+
+    async def wait_head(self) -> ResponseHead:
+        """Wait for the answer's head; `body` is complete where it is not 200. Raises UpstreamError."""
+        await self._started.wait()
+        if self.head is not None:
+            return self.head
+        raise self.error or UpstreamError("the node gave no answer")
+
+    async def _run(self, start: Callable[[], Exchange]) -> None:
+        try:
+            exchange = start()
+            try:
+                head = await exchange.head()
+                if head.status != 200:
+                    self.body = await collect(exchange, ERROR_BODY_LIMIT)
+                    self.head = head
+                    return
+                self.head = head
+                self._started.set()
+                async for line in read_lines(exchange):
+                    self._publish(line)
+            finally:
+                exchange.close()
+        except OsyncError as error:
+            self.error = error
+        except Exception as error:
+            self.error = UpstreamError(f"internal error of the proxy: {error!r}")
+            raise
+        finally:
+            self._done = True
+            self._started.set()
+            self._ended(self)
+            for reader in self._readers:
+                reader.end()
+
+    def _publish(self, line: bytes) -> None:
+        key = _key(line)
+        self._latest.pop(key, None)
+        self._latest[key] = line
+        if len(self._latest) > MAX_PENDING:
+            del self._latest[next(iter(self._latest))]
+        for reader in self._readers:
+            reader.push(key, line)
+
+
+async def read_lines(exchange: Exchange) -> AsyncIterator[bytes]:
+    """Yield the lines of an answer, without their end. Raises StreamBroken, FrameTooLarge."""
+    splitter = ndjson.LineSplitter()
+    while data := await exchange.read():
+        for line in splitter.feed(data):
+            yield line
+    if last := splitter.finish():
+        yield last
+
+
+def is_success(line: bytes) -> bool:
+    """Return True for the line that ends a progress stream well."""
+    if b'"success"' not in line:
+        return False
+    try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(value, dict) and value.get("status") == "success"
+
+
+def _key(line: bytes) -> str:
+    """Lines of one key report the same thing, the later one more of it."""
+    try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return line[:200].decode("utf-8", "replace")
+    if not isinstance(value, dict):
+        return "?"
+    return "error" if "error" in value else f"{value.get('status')} {value.get('digest', '')}"

@@ -1,0 +1,177 @@
+"""GET /api/status: Ollama's own `cloud` key, and what this proxy knows of its cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import UTC, datetime
+from time import monotonic
+from typing import Any
+
+import orjson
+
+from osync.cluster.view import Peer
+from osync.core.window import Figures, Window
+from osync.errors import OsyncError
+from osync.gateway import relay
+from osync.gateway.context import Call, Context
+from osync.types import ModelInfo, NodeState, RequestHead
+from osync.version import __version__
+from osync.wire import names
+
+REPORT_INTERVAL_S = 1.0
+"""Nodes push their state at least this often (design section 2); silence of three is a failure."""
+_CLOUD_TIMEOUT_S = 2.0
+_NO_CLOUD = {"disabled": True, "source": "none"}
+
+
+async def status(ctx: Context, call: Call) -> None:
+    """Answer with the state of everything."""
+    cloud = await _cloud(ctx)
+    await relay.send_json(call, 200, {"cloud": cloud, "osync": report(ctx, time.time())})
+
+
+def report(ctx: Context, now: float) -> dict[str, Any]:
+    """Return the `osync` object. `now` in Unix time."""
+    nodes = [_node(ctx, peer, now) for peer in ctx.view.peers]
+    return {
+        "version": __version__,
+        "node_id": ctx.node_id,
+        "proxies": [{"node_id": ctx.node_id, "host": ctx.settings.host, "port": ctx.settings.port, "online": True}],
+        "nodes": nodes,
+        "shards": [node for node in nodes if "shard" in node["roles"]],
+        "models": _models(ctx),
+        "pipelines": [],
+        "sessions": {"active": sum(ctx.in_flight[state.node_id] for state, _ in ctx.view.up())},
+        "requests": {
+            "total": ctx.traffic.requests,
+            "errors": ctx.traffic.errors,
+            "in_flight": sum(count for count in ctx.in_flight.values() if count > 0),
+            **_figures(ctx.traffic.figures(monotonic())),
+        },
+    }
+
+
+def _node(ctx: Context, peer: Peer, now: float) -> dict[str, Any]:
+    state = peer.state
+    host, _, port = peer.link.address.rpartition(":")
+    common: dict[str, Any] = {
+        "address": peer.link.address,
+        "online": state is not None,
+        "last_heartbeat": _rfc3339(peer.last_seen),
+        "health": {
+            "interval_s": REPORT_INTERVAL_S,
+            "consecutive_failures": peer.failures,
+            "age_s": round(now - peer.last_seen, 3) if peer.last_seen else None,
+            "error": peer.error,
+        },
+    }
+    if state is None:
+        return {
+            "node_id": "", "hostname": "", "host": host or peer.link.address,
+            "port": int(port) if port.isdigit() else 0, "roles": [], "draining": False, "usable": False, **common,
+        }  # fmt: skip
+    backend, load = state.backend, state.load
+    window = ctx.node_traffic.get(state.node_id) or Window()
+    return {
+        "node_id": state.node_id,
+        "hostname": state.hostname,
+        "host": host or state.hostname,
+        "port": state.grpc_port or (int(port) if port.isdigit() else 0),
+        "version": state.version,
+        "roles": list(state.roles),
+        "draining": state.draining or state.node_id in ctx.drained,
+        "usable": peer.usable and state.node_id not in ctx.drained,
+        "started_at": _rfc3339(state.started_at),
+        **common,
+        "load": {
+            "in_flight": ctx.in_flight[state.node_id],
+            "active": backend.active,
+            "queued": backend.queued,
+            "slots": backend.slots,
+        },
+        "active_sessions": max(backend.active, ctx.in_flight[state.node_id]),
+        "requests": {"total": window.requests, "errors": window.errors, **_figures(window.figures(monotonic()))},
+        "backend": {
+            "kind": backend.kind, "ok": backend.ok, "error": backend.error, "version": backend.version,
+        },
+        "loaded_models": [
+            {"name": m.name, "digest": m.digest, "size": m.size, "size_vram": m.size_vram,
+             "context_length": m.context_length, "active": m.active, "expires_at": m.expires_at}
+            for m in backend.loaded
+        ],
+        "models": [m.name for m in backend.models],
+        "cpu": {"percent": load.cpu_percent, "count": load.cpu_count, "load_1m": load.load_1m},
+        "memory": {"total": load.memory_total, "free": load.memory_free},
+        "gpus": [
+            {"name": g.name, "memory_total": g.memory_total, "memory_free": g.memory_free} for g in load.gpus
+        ],
+    }  # fmt: skip
+
+
+def _models(ctx: Context) -> list[dict[str, Any]]:
+    merged: dict[str, dict[str, Any]] = {}
+    for state, _ in ctx.view.up():
+        loaded = {names.key(model.name) for model in state.backend.loaded}
+        for model in state.backend.models:
+            key = names.key(model.name)
+            entry = merged.get(key)
+            if entry is None:
+                entry = merged[key] = {**_model(model), "hosts": [], "loaded_on": []}
+            host = {"node_id": state.node_id, "hostname": state.hostname, "digest": model.digest}
+            entry["hosts"].append(host)
+            if key in loaded:
+                entry["loaded_on"].append(state.node_id)
+    return [merged[key] for key in sorted(merged)]
+
+
+def _model(model: ModelInfo) -> dict[str, Any]:
+    name, _, tag = model.name.rpartition(":")
+    return {
+        "name": model.name,
+        "model": name or model.name,
+        "tag": tag if name else "latest",
+        "family": model.family,
+        "families": list(model.families),
+        "size": model.size,
+        "digest": model.digest,
+        "parameters": model.parameter_size,
+        "quantization": model.quantization,
+        "architecture": model.architecture,
+        "format": model.format,
+        "context_length": model.context_length,
+        "capabilities": list(model.capabilities),
+    }
+
+
+def _figures(figures: Figures) -> dict[str, float]:
+    return {
+        "requests_per_s": round(figures.requests_per_s, 3),
+        "error_rate": round(figures.error_rate, 4),
+        "response_time_mean_s": round(figures.mean_s, 6),
+        "response_time_p50_s": round(figures.p50_s, 6),
+        "response_time_p99_s": round(figures.p99_s, 6),
+    }
+
+
+def _rfc3339(unix: float) -> str:
+    return datetime.fromtimestamp(unix, UTC).isoformat().replace("+00:00", "Z") if unix else ""
+
+
+async def _cloud(ctx: Context) -> Any:
+    """Return what an Ollama among the nodes says of its cloud; an engine has none."""
+    ollamas = ((s, p) for s, p in ctx.view.usable() if s.backend.kind == "ollama")
+    found: tuple[NodeState, Peer] | None = next(ollamas, None)
+    if found is None:
+        return _NO_CLOUD
+    try:
+        async with asyncio.timeout(_CLOUD_TIMEOUT_S):
+            exchange = found[1].link.open(RequestHead("GET", "/api/status"), b"")
+            try:
+                head = await exchange.head()
+                answer = orjson.loads(await relay.collect(exchange, 64 << 10)) if head.status == 200 else {}
+            finally:
+                exchange.close()
+    except (OsyncError, TimeoutError, orjson.JSONDecodeError):
+        return _NO_CLOUD
+    return answer.get("cloud", _NO_CLOUD) if isinstance(answer, dict) else _NO_CLOUD

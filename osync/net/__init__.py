@@ -1,0 +1,1 @@
+"""The only owner of grpc and of sockets between daemons."""

@@ -1,0 +1,220 @@
+"""What waits to be sent on a link: frames of all exchanges gather here until the next message.
+
+Nothing here awaits the network. One task per link takes what has gathered, sends it in one message, and
+meanwhile the next gathers: so messages grow with the load, and a single token still goes out at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from osync.errors import OsyncError
+from osync.net.convert import fill_end, fill_head, fill_open
+from osync.net.credit import SendCredit
+from osync.pb import node_pb2 as pb
+from osync.types import RequestHead, ResponseHead
+
+FRAME_BYTES: Final = 256 << 10
+"""Body bytes in one frame, so that a large transfer leaves room for others in each message."""
+MESSAGE_BYTES: Final = 1 << 20
+"""Body bytes in one message, give or take a frame."""
+
+
+class Frames(Protocol):
+    """The repeated field of the message under construction; adding in place saves a copy per frame."""
+
+    def add(self, *, exchange: int = ..., data: bytes = ..., credit: int = ...) -> pb.Frame:
+        """Append a frame."""
+        ...
+
+
+class Outgoing:
+    """One direction of one exchange, on its sending side."""
+
+    __slots__ = (
+        "_box", "_chunks", "_closed", "_credit", "_end", "_error", "_first", "_offset", "_size", "_waiter",
+        "exchange", "opened",
+    )  # fmt: skip
+
+    def __init__(self, box: Outbox, exchange: int) -> None:
+        self.exchange = exchange
+        self.opened = False
+        """True once its first frame is on its way."""
+        self._box = box
+        self._first: Callable[[pb.Frame], None] | None = None
+        self._chunks: deque[bytes] = deque()
+        self._offset = 0
+        self._size = 0
+        self._credit = SendCredit()
+        self._end = False
+        self._error: OsyncError | None = None
+        self._closed = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def open(self, head: RequestHead, body: bytes | None) -> None:
+        """Send a request's head, with its body where it is known; a large one follows as credit allows."""
+        small = body if body is not None and len(body) <= FRAME_BYTES else b""
+        more = body is None or len(body) > FRAME_BYTES
+
+        def fill(frame: pb.Frame) -> None:
+            fill_open(frame.open, head, small, more)
+
+        self._first = fill
+        if body is not None and more:
+            self._add(body)
+            self._end = True
+        self._box.ready(self)
+
+    def head(self, head: ResponseHead) -> None:
+        """Send an answer's head."""
+
+        def fill(frame: pb.Frame) -> None:
+            fill_head(frame.head, head)
+
+        self._first = fill
+        self._box.ready(self)
+
+    async def write(self, data: bytes) -> None:
+        """Send body bytes; waits while more is on hand than there is credit for. Dropped once closed."""
+        if self._closed or not data:
+            return
+        self._add(data)
+        self._box.ready(self)
+        while self._size > self._credit.left and not self._closed:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+
+    def finish(self, error: OsyncError | None = None) -> None:
+        """End this direction, after all that was written; an error does not wait for credit."""
+        if not self._closed and not self._end:
+            self._end = True
+            self._error = error
+            self._box.ready(self)
+
+    def grant(self, size: int) -> None:
+        """Take the other side's credit."""
+        self._credit.grant(size)
+        if self._size:
+            self._box.ready(self)
+        if self._size <= self._credit.left:
+            self._wake()
+
+    def close(self) -> None:
+        """Drop what waits; nothing more is sent, and no writer waits any more."""
+        self._closed = True
+        self._chunks.clear()
+        self._size = 0
+        self._box.drop(self)
+        self._wake()
+
+    def fill(self, frames: Frames) -> int:
+        """Add the frames that may go now, FRAME_BYTES at most; return the bytes of body among them."""
+        self.opened = True
+        if self._first is not None:
+            fill, self._first = self._first, None
+            fill(frames.add(exchange=self.exchange))
+        size = self._credit.take(min(self._size, FRAME_BYTES)) if self._size else 0
+        if size:
+            frames.add(exchange=self.exchange, data=self._take(size))
+        if self._end and (not self._size or (self._error is not None and not self._credit.left)):
+            fill_end(frames.add(exchange=self.exchange).end, self._error)
+            self._chunks.clear()
+            self._size = 0
+            self._closed = True
+        elif self._size and self._credit.left:
+            self._box.ready(self)
+        return size
+
+    def _add(self, data: bytes) -> None:
+        self._chunks.append(data)
+        self._size += len(data)
+
+    def _take(self, size: int) -> bytes:
+        self._size -= size
+        chunks = self._chunks
+        if not self._offset and not self._size:
+            data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+            chunks.clear()
+            return data
+        parts: list[memoryview] = []
+        while size:
+            part = memoryview(chunks[0])[self._offset : self._offset + size]
+            size -= len(part)
+            self._offset += len(part)
+            parts.append(part)
+            if self._offset == len(chunks[0]):
+                chunks.popleft()
+                self._offset = 0
+        return b"".join(parts)
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+
+class Outbox:
+    """All that one side of a link has to send."""
+
+    def __init__(self) -> None:
+        self._ready: dict[int, Outgoing] = {}
+        self._control: list[tuple[int, int]] = []
+        self._woken = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def outgoing(self, exchange: int) -> Outgoing:
+        """Return the sending side of an exchange."""
+        return Outgoing(self, exchange)
+
+    def ready(self, outgoing: Outgoing) -> None:
+        """Note that an exchange has something to send."""
+        self._ready[outgoing.exchange] = outgoing
+        self.wake()
+
+    def drop(self, outgoing: Outgoing) -> None:
+        """Forget an exchange's frames that have not gone out."""
+        self._ready.pop(outgoing.exchange, None)
+
+    def grant(self, exchange: int, size: int) -> None:
+        """Send credit."""
+        self._control.append((exchange, size))
+        self.wake()
+
+    def cancel(self, exchange: int) -> None:
+        """Send a cancel."""
+        self._control.append((exchange, 0))
+        self.wake()
+
+    def wake(self) -> None:
+        """Let `wait` return."""
+        self._woken = True
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """Wait until something may be there to send."""
+        while not self._woken:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        self._woken = False
+
+    def fill(self, frames: Frames) -> None:
+        """Move what is ready into a message; what does not fit goes first into the next one."""
+        control, self._control = self._control, []
+        for exchange, credit in control:
+            if credit:
+                frames.add(exchange=exchange, credit=credit)
+            else:
+                frames.add(exchange=exchange).cancel.SetInParent()
+        ready, self._ready = self._ready, {}
+        budget = MESSAGE_BYTES
+        while ready and budget > 0:
+            exchange = next(iter(ready))
+            budget -= ready.pop(exchange).fill(frames)
+        if ready:
+            self._ready = ready | self._ready
+            self.wake()

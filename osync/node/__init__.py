@@ -1,0 +1,1 @@
+"""The node role: one backend, offered to proxies."""
