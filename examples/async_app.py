@@ -9,6 +9,7 @@ import asyncio
 import sys
 
 from osync import AsyncOllamaClient
+from osync.errors import OsyncError
 
 QUESTIONS = ("Name one colour.", "Name one animal.", "Name one city.")
 
@@ -33,4 +34,8 @@ async def main(model: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m-instruct:q4_1"))
+    try:
+        asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m-instruct:q4_1"))
+    except* OsyncError as failures:
+        print(failures.exceptions[0], file=sys.stderr)
+        raise SystemExit(1) from None

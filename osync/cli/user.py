@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from osync.version import __version__
 from osync.cli import legacy
 from osync.cli.options import Host, Json, Options, Port, Url, connect, model_options, reported
 from osync.cli.tables import ago, print_json, print_table, size
 from osync.client.answers import ShowResponse
 from osync.errors import BadRequest, ModelNotFound, NotSupported, OsyncError
+from osync.version import __version__
 
 app = typer.Typer(
     name="osync",

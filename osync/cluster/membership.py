@@ -9,7 +9,7 @@ import structlog
 
 from osync.cluster.view import ClusterView, Peer
 from osync.config import Settings
-from osync.net.exchange import Link
+from osync.net.memory import MemoryLink
 from osync.net.tasks import Tasks
 from osync.net.uplink import RemoteLink
 from osync.types import NodeId
@@ -18,14 +18,15 @@ log = structlog.get_logger("osync.cluster")
 
 
 class Membership:
-    """Owns the links to other hosts. The local link comes first in the view, and belongs to who made it."""
+    """Owns all links. The local one comes first in the view."""
 
-    def __init__(self, settings: Settings, node_id: NodeId, local: Link | None) -> None:
+    def __init__(self, settings: Settings, node_id: NodeId, local: MemoryLink | None) -> None:
         self.view = ClusterView()
         self._node_id = node_id
         self._tasks = Tasks("membership")
         self._listeners: list[Callable[[], None]] = []
         self._remotes: list[_Remote] = []
+        self._local = local
         if local is not None:
             self.view.peers.append(Peer(local))
         for address in settings.peers:
@@ -43,9 +44,11 @@ class Membership:
             remote.link.start()
 
     async def close(self) -> None:
-        """Break all links to other hosts."""
+        """Break all links; what still runs over them ends."""
         await asyncio.gather(*(remote.link.close() for remote in self._remotes))
         await self._tasks.close()
+        if self._local is not None:
+            await self._local.close()
 
     def changed(self, remote: _Remote) -> None:
         """Take note that a link changed; a peer that is this daemon itself is left out from now on."""

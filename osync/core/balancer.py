@@ -88,6 +88,14 @@ def pick(
     return Choice(node_id, f"{where}, {best_rank[1]} in flight{lot}")
 
 
+def ask_around(candidates: Iterable[Candidate], excluded: Collection[NodeId] = ()) -> Choice | Miss:
+    """Choose a node to ask for a model that none reports: it may be seconds old, or there and broken."""
+    for candidate in candidates:
+        if candidate.usable and candidate.node_id not in excluded:
+            return Choice(candidate.node_id, "asked, though no node reports the model")
+    return Miss("no_model")
+
+
 def _pinned(candidates: Iterable[Candidate], pin: str, excluded: Collection[NodeId]) -> Choice | Miss:
     for candidate in candidates:
         if pin in (candidate.node_id, candidate.hostname):

@@ -23,11 +23,10 @@ from osync.gateway.app import Gateway
 from osync.gateway.http import HttpServer
 from osync.net.downlink import add_node_service
 from osync.net.exchange import Serve
-from osync.net.inference import InferenceService
+from osync.net.inference import add_inference
 from osync.net.memory import MemoryLink
 from osync.net.server import RpcServer
 from osync.node.role import NodeRole
-from osync.pb import inference_pb2, inference_pb2_grpc
 from osync.telemetry import log as logging
 from osync.types import NodeId
 from osync.version import __version__
@@ -120,8 +119,7 @@ class Daemon:
             serve = gateway.serve
             self.http = HttpServer(gateway, settings)
         assert serve is not None, "settings are checked to have a role"
-        typed = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-        self.rpc.add_service(inference_pb2_grpc.add_InferenceServicer_to_server, InferenceService(serve), typed)
+        add_inference(self.rpc, serve)
         grpc_port = await self.rpc.start()
         if self.node:
             await self.node.start(grpc_port)

@@ -33,6 +33,10 @@ def library() -> Any:
     global _library, _log_callback
     with _lock:
         if _library is None:
+            # libgomp's threads wait for each other about 500 times a token. Spinning meanwhile, as they do by
+            # default, is 10 to 100 times slower as soon as anything else wants a core; it must be said before
+            # the library is loaded.
+            os.environ.setdefault("GOMP_SPINCOUNT", "0")
             try:
                 import llama_cpp.llama_cpp as api
             except ModuleNotFoundError as error:
@@ -58,12 +62,11 @@ def _forward_log(level: int, text: bytes | None, _: object) -> None:
         lines = getattr(_errors, "lines", None)
         if lines is not None and len(lines) < 16:
             lines.append(line)
-        log.warning("llama_log", line=line)
-    else:
-        log.debug("llama_log", line=line)
+    log.debug("llama_log", line=line)
 
 
-def _last_errors() -> list[str]:
+def take_errors() -> list[str]:
+    """Return what llama.cpp called an error in this thread since the last time."""
     lines: list[str] = getattr(_errors, "lines", [])
     _errors.lines = []
     return lines
@@ -141,13 +144,13 @@ class Model:
         params.load_mode = api.LLAMA_LOAD_MODE_MMAP if use_mmap else api.LLAMA_LOAD_MODE_NONE
         callback = api.llama_progress_callback(step)
         params.progress_callback = callback
-        _errors.lines = []
+        take_errors()
         pointer = api.llama_model_load_from_file(os.fsencode(path), params)
         if not pointer:
-            lines = _last_errors()
+            lines = take_errors()
             if cancelled is not None and cancelled.is_set():
                 raise ModelUnusable(f"loading {path.name} was cancelled")
-            raise ModelUnusable(f"cannot load {path.name}: {_reason(lines)}")
+            raise ModelUnusable(f"cannot load {path.name}: {reason(lines)}")
         model = cls(pointer, path, gpu_layers)
         try:
             model._check_kind()
@@ -227,11 +230,11 @@ class Model:
         params.type_k = params.type_v = KV_TYPES[settings.kv_type][0]
         params.kv_unified = settings.unified
         params.no_perf = True
-        _errors.lines = []
+        take_errors()
         with self.borrow() as pointer:
             context = api.llama_init_from_model(pointer, params)
         if not context:
-            raise ModelUnusable(f"cannot make a context for {self.path.name}: {_reason(_last_errors())}")
+            raise ModelUnusable(f"cannot make a context for {self.path.name}: {reason(take_errors())}")
         if not api.llama_get_memory(context):
             api.llama_free(context)
             raise NotSupported(f"cannot generate text with {self.path.name}: it is an embedding model")
@@ -252,7 +255,7 @@ def _check_file(path: Path) -> None:
         raise ModelUnusable(f"cannot load {path.name}: it is not a GGUF file")
 
 
-def _reason(lines: list[str]) -> str:
+def reason(lines: list[str]) -> str:
     """Pick the line that says most: the last of the loader's own, without its function's name."""
     for line in lines:
         if "error loading model" in line:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from osync.engine.frame import Close, Copy, Frame, Open, Operation, Outcome, Rows, Truncate
-from osync.engine.llama import MAX_SAMPLED, ContextSettings, Model
+from osync.engine.llama import MAX_SAMPLED, ContextSettings, Model, reason, take_errors
 from osync.engine.sampling import Sampler
 from osync.engine.thread import EngineThread
 from osync.errors import BadRequest, ModelError
@@ -62,6 +62,7 @@ class LocalStage:
             sampled=max(settings.sequences, min(MAX_SAMPLED, settings.n_batch)),
             vocabulary_size=model.vocabulary_size,
         )
+        self._closed = False
         self._samplers: dict[int, Sampler] = {}
         self._lengths = [0] * settings.sequences
         self._batch = _Batch(api, self.limits)
@@ -111,6 +112,8 @@ class LocalStage:
 
     async def evaluate(self, frame: Frame) -> Outcome:
         """Apply operations, evaluate rows, sample."""
+        if self._closed:
+            raise ModelError("the model was unloaded")
         self._stop[0] = b"\0"
         return await self._thread.run(lambda: self._evaluate(frame))
 
@@ -120,10 +123,15 @@ class LocalStage:
 
     async def close(self) -> None:
         """Free context and model, and end the thread."""
+        if self._closed:
+            return
+        self._closed = True
         self.abort()
         self._thread.post(self.free)  # also if nobody waits for it
-        await self._thread.run(lambda: None)
-        self._thread.close()
+        try:
+            await self._thread.run(lambda: None)
+        finally:
+            self._thread.close()
 
     def free(self) -> None:
         """Free context and model; runs in the thread."""
@@ -155,11 +163,12 @@ class LocalStage:
             return Outcome({})
         code = self._api.llama_decode(self._context, self._batch.fill(frame.rows))
         if code != 0:
+            errors = take_errors()
             lengths = {rows.sequence: self._cut(rows.sequence, rows.position) for rows in frame.rows}
             if code == 2:
                 return Outcome({}, lengths)
-            reason = "its KV cache is full" if code == 1 else f"llama.cpp's code is {code}"
-            raise ModelError(f"the model could not evaluate {self._batch.count} tokens: {reason}")
+            why = "its KV cache is full" if code == 1 else f"{reason(errors)} (code {code})"
+            raise ModelError(f"the model could not evaluate {self._batch.count} tokens: {why}")
         for rows in frame.rows:
             self._lengths[rows.sequence] += len(rows.tokens)
         return Outcome(self._sample(frame.rows))

@@ -8,9 +8,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,26 +18,32 @@ from typing import Any
 import orjson
 import structlog
 
+from osync.engine.files import (
+    LAYER,
+    MAX_FILES,
+    MAX_LAYER,
+    MAX_MANIFEST,
+    TEXT_LAYERS,
+    blob_path,
+    decode,
+    file_name,
+    gguf_files,
+    json_messages,
+    json_object,
+    manifests,
+    read_bounded,
+    read_start,
+    sanitise,
+    total_size,
+)
 from osync.engine.gguf import GGUFHeader, human_count, read_header
-from osync.errors import BadRequest, ModelNotFound, ModelUnusable
+from osync.errors import ModelNotFound, ModelUnusable
 from osync.types import ModelInfo
 from osync.wire import names
 
 log = structlog.get_logger("osync.engine")
 
-MAX_FILES = 10_000  # per directory: a wrong --models-dir such as / must not keep the daemon busy
-MAX_DEPTH = 4
-_MAX_MANIFEST = 4 << 20
-_MAX_LAYER = 4 << 20  # licences and templates; the weights are not read here
-
-_QUANT = re.compile(
-    r"[.\-_]((?:UD-)?(?:I?Q[1-8]_[0-9A-Z]+(?:_[A-Z]+)*|BF16|FP?16|FP?32|MXFP4(?:_MOE)?|NVFP4|TQ[12]_0))$",
-    re.IGNORECASE,
-)
-_PART = re.compile(r"-(\d{5})-of-(\d{5})$")
-_DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
 _NO_LANGUAGE_MODELS = {"clip", "mmproj", "adapter", "imatrix"}
-_LAYER = "application/vnd.ollama.image."
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +115,10 @@ class ModelStore:
             bare: dict[str, list[str]] = {}
             seen: set[Path] = set()
             for directory in self._directories:
-                for path in _gguf_files(directory):
+                for path in gguf_files(directory):
                     seen.add(path)
                     self._add_file(path, models, faults, bare)
-                for path, name in _manifests(directory):
+                for path, name in manifests(directory):
                     self._add_manifest(directory, path, name, models, faults, seen)
             for stem, tagged in bare.items():
                 self._add_alias(stem, tagged, models, faults)
@@ -134,14 +139,14 @@ class ModelStore:
         try:
             stat = path.stat()
             header = self._header(path, stat)
-            size = _total_size(path, stat.st_size)
+            size = total_size(path, stat.st_size)
             _check_language_model(path, header)
         except (OSError, ModelUnusable) as error:
             fault = self._report(path, error)
             faults.setdefault(names.key(f"{stem}:{tag}" if tag else stem), fault)
             faults.setdefault(names.key(stem), fault)
             return
-        name = names.parse(f"{stem}:{tag or _sanitise(header.quantization.lower())}")
+        name = names.parse(f"{stem}:{tag or sanitise(header.quantization.lower())}")
         if name.canonical in models:
             return
         digest, is_final = self._digest(path, stat, header)
@@ -170,7 +175,7 @@ class ModelStore:
         if name.canonical in models:
             return
         try:
-            raw = _read_bounded(path, _MAX_MANIFEST)
+            raw = read_bounded(path, MAX_MANIFEST)
             layers, config = self._manifest(directory, raw, path)
             weights = layers.get("model")
             if not weights:
@@ -181,17 +186,17 @@ class ModelStore:
             _check_language_model(path, header)
             mtime = path.stat().st_mtime
             info = _info(name.display, hashlib.sha256(raw).hexdigest(), total, mtime, header, config)
-            texts = {kind: [self._layer(p) for p, _ in layers.get(kind, ())] for kind in _TEXT_LAYERS}
+            texts = {kind: [self._layer(p) for p, _ in layers.get(kind, ())] for kind in TEXT_LAYERS}
             models[name.canonical] = StoredModel(
                 info,
                 blob,
                 header,
                 mtime,
-                system="\n".join(_decode(t) for t in texts["system"]),
-                template=_decode((texts["template"] or texts["prompt"] or [b""])[-1]),
-                parameters=_json_object(texts["params"]),
-                messages=_json_messages(texts["messages"]),
-                licenses=tuple(_decode(t) for t in texts["license"]),
+                system="\n".join(decode(t) for t in texts["system"]),
+                template=decode((texts["template"] or texts["prompt"] or [b""])[-1]),
+                parameters=json_object(texts["params"]),
+                messages=json_messages(texts["messages"]),
+                licenses=tuple(decode(t) for t in texts["license"]),
             )
         except (OSError, ModelUnusable) as error:
             faults.setdefault(name.canonical, self._report(path, error))
@@ -210,13 +215,13 @@ class ModelStore:
         total = sum(size for _, _, size in entries) + config_size
         layers: dict[str, list[tuple[Path, int]]] = {}
         for media_type, digest, _ in entries:
-            kind = media_type.removeprefix(_LAYER)
-            if kind == "model" or kind in _TEXT_LAYERS:
-                layers.setdefault(kind, []).append((_blob(directory, digest), total))
+            kind = media_type.removeprefix(LAYER)
+            if kind == "model" or kind in TEXT_LAYERS:
+                layers.setdefault(kind, []).append((blob_path(directory, digest), total))
         facts: dict[str, Any] = {}
         if config_digest:
             with contextlib.suppress(OSError, ModelUnusable, orjson.JSONDecodeError):
-                loaded = orjson.loads(self._layer(_blob(directory, config_digest)))
+                loaded = orjson.loads(self._layer(blob_path(directory, config_digest)))
                 facts = loaded if isinstance(loaded, dict) else {}
         return layers, facts
 
@@ -225,7 +230,7 @@ class ModelStore:
         if path.name not in self._layers:
             if len(self._layers) > 4 * MAX_FILES:
                 self._layers.clear()
-            self._layers[path.name] = _read_bounded(path, _MAX_LAYER)
+            self._layers[path.name] = read_bounded(path, MAX_LAYER)
         return self._layers[path.name]
 
     def _header(self, path: Path, stat: os.stat_result) -> GGUFHeader:
@@ -258,7 +263,7 @@ class ModelStore:
         stamp = (stat.st_mtime_ns, stat.st_size)
         partial = self._partial.get(path)
         if partial is None or partial[0] != stamp:
-            digest = hashlib.sha256(str(stat.st_size).encode() + _read_start(path, header.header_bytes))
+            digest = hashlib.sha256(str(stat.st_size).encode() + read_start(path, header.header_bytes))
             partial = self._partial[path] = (stamp, digest.hexdigest())
         return partial[1], False
 
@@ -308,98 +313,6 @@ class ModelStore:
             log.warning("digest_cache_not_written", path=str(self._cache_file), error=str(error))
 
 
-_TEXT_LAYERS = ("template", "prompt", "system", "params", "messages", "license")
-
-
-def file_name(file: str) -> tuple[str, str]:
-    """Split a GGUF file's name into model and tag: `Smol.Q4_1.gguf` into `smol` and `q4_1`; no tag: ""."""
-    stem = file[:-5] if file.lower().endswith(".gguf") else file
-    stem = _PART.sub("", stem)
-    match = _QUANT.search(stem)
-    tag = ""
-    if match and match.start() > 0:
-        tag = match.group(1).lower().replace("fp16", "f16").replace("fp32", "f32")
-        stem = stem[: match.start()]
-    return _sanitise(stem.lower()), _sanitise(tag) if tag else ""
-
-
-def _sanitise(text: str) -> str:
-    """Replace what a model's name may not contain."""
-    text = re.sub(r"[^a-z0-9_.\-]+", "-", text.lower())[:80]
-    return re.sub(r"^[^a-z0-9_]+", "", text) or "model"
-
-
-def _gguf_files(directory: Path) -> Iterator[Path]:
-    """Yield GGUF files below a directory, or the one that it is; of split files only the first part."""
-    if directory.is_file():
-        yield directory
-        return
-    count = 0
-    for place, below, files in os.walk(directory, followlinks=False):
-        depth = len(Path(place).relative_to(directory).parts)
-        below[:] = sorted(d for d in below if not d.startswith(".") and d not in {"blobs", "manifests"})
-        if depth >= MAX_DEPTH:
-            below.clear()
-        for file in sorted(files):
-            count += 1
-            if count > MAX_FILES:
-                log.warning("too_many_files", directory=str(directory), limit=MAX_FILES)
-                return
-            if file.lower().endswith(".gguf") and not file.startswith("."):
-                part = _PART.search(file[:-5])
-                if part is None or int(part.group(1)) == 1:
-                    yield Path(place) / file
-
-
-def _manifests(directory: Path) -> Iterator[tuple[Path, names.ModelName]]:
-    """Yield manifests of an Ollama store: manifests/<host>/<namespace>/<model>/<tag>."""
-    root = directory / "manifests"
-    for count, path in enumerate(sorted(root.glob("*/*/*/*"))):
-        if count >= MAX_FILES:
-            log.warning("too_many_files", directory=str(root), limit=MAX_FILES)
-            return
-        if path.is_file() and not path.name.startswith("."):
-            host, namespace, model, tag = path.relative_to(root).parts
-            with contextlib.suppress(BadRequest):
-                yield path, names.parse(f"{host}/{namespace}/{model}:{tag}")
-
-
-def _blob(directory: Path, digest: str) -> Path:
-    match = _DIGEST.fullmatch(digest)
-    if match is None:
-        raise ModelUnusable(f"{digest[:80]!r} is not a digest")
-    return directory / "blobs" / f"sha256-{match.group(1)}"
-
-
-def _read_bounded(path: Path, limit: int) -> bytes:
-    with path.open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise ModelUnusable(f"{path.name} is over {limit >> 20} MiB")
-    return data
-
-
-def _read_start(path: Path, count: int) -> bytes:
-    with path.open("rb") as file:
-        return file.read(count)
-
-
-def _total_size(path: Path, first: int) -> int:
-    """Return the size of all parts of a split file. Raises ModelUnusable if one is missing."""
-    part = _PART.search(path.stem)
-    if part is None:
-        return first
-    count = int(part.group(2))
-    total = first
-    for number in range(2, count + 1):
-        other = path.with_name(f"{path.stem[: part.start()]}-{number:05d}-of-{count:05d}{path.suffix}")
-        try:
-            total += other.stat().st_size
-        except OSError as error:
-            raise ModelUnusable(f"{path.name}: part {number} of {count} is missing: {other.name}") from error
-    return total
-
-
 def _check_language_model(path: Path, header: GGUFHeader) -> None:
     kind = header.text("general.type", "model")
     if header.architecture in _NO_LANGUAGE_MODELS or kind in _NO_LANGUAGE_MODELS:
@@ -434,27 +347,3 @@ def _info(
         embedding_length=header.embedding_length,
         capabilities=("embedding",) if f"{header.architecture}.pooling_type" in header.metadata else ("completion",),
     )
-
-
-def _decode(raw: bytes) -> str:
-    return raw.decode(errors="replace")
-
-
-def _json_object(texts: list[bytes]) -> dict[str, Any]:
-    merged: dict[str, Any] = {}
-    for text in texts:
-        with contextlib.suppress(orjson.JSONDecodeError):
-            value = orjson.loads(text)
-            if isinstance(value, dict):
-                merged.update(value)
-    return merged
-
-
-def _json_messages(texts: list[bytes]) -> tuple[dict[str, Any], ...]:
-    messages: list[dict[str, Any]] = []
-    for text in texts:
-        with contextlib.suppress(orjson.JSONDecodeError):
-            value = orjson.loads(text)
-            if isinstance(value, list):
-                messages.extend(m for m in value if isinstance(m, dict))
-    return tuple(messages)

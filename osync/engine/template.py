@@ -14,7 +14,8 @@ import orjson
 import structlog
 
 from osync.engine import jinja_worker
-from osync.engine.gotemplate import GoTemplate, TemplateError
+from osync.engine.goparse import TemplateError
+from osync.engine.gotemplate import GoTemplate
 from osync.errors import BadRequest, ModelUnusable
 
 log = structlog.get_logger("osync.engine")
@@ -51,7 +52,7 @@ class ChatTemplate:
     async def render(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
         """Return the prompt. Raises BadRequest where the template refuses the conversation."""
         if self._go:
-            return await asyncio.to_thread(render_go, self._go, messages)
+            return await render_go(self._go, messages)
         prefill = ""
         if messages and messages[-1]["role"] == "assistant":  # to be continued
             prefill, messages = str(messages[-1].get("content") or ""), messages[:-1]
@@ -96,10 +97,10 @@ def parse_template(source: str) -> GoTemplate:
         raise BadRequest(f"template: {error}") from error
 
 
-def render_go(template: GoTemplate, messages: Sequence[Message]) -> str:
-    """Render a Go template. Raises BadRequest where that fails."""
+async def render_go(template: GoTemplate, messages: Sequence[Message]) -> str:
+    """Render a Go template beside the event loop. Raises BadRequest where that fails."""
     try:
-        return template.render(messages)
+        return await asyncio.to_thread(template.render, messages)
     except TemplateError as error:
         raise BadRequest(f"template: {error}") from error
 

@@ -10,7 +10,7 @@ from time import monotonic
 import structlog
 
 from osync.cluster.view import Peer
-from osync.core.balancer import Choice, Miss, pick
+from osync.core.balancer import Choice, Miss, ask_around, pick
 from osync.core.window import Window
 from osync.errors import (
     BadRequest,
@@ -114,7 +114,10 @@ async def _serve(ctx: Context, call: Call, request: Inference, model: str, pin: 
 
 def _pick(ctx: Context, model: str, pin: str, tried: list[NodeId] | tuple[()]) -> Choice | Miss:
     candidates = ctx.replicas.of(ctx.view, ctx.drained)
-    return pick(candidates, model, ctx.in_flight, excluded=tried, pin=pin, rng=_RNG)
+    choice = pick(candidates, model, ctx.in_flight, excluded=tried, pin=pin, rng=_RNG)
+    if model and isinstance(choice, Miss) and choice.why == "no_model":
+        return ask_around(candidates, tried)
+    return choice
 
 
 def _refusal(ctx: Context, call: Call, request: Inference, missed: Choice | Miss, pin: str) -> OsyncError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,26 +16,29 @@ from osync.net.tasks import Tasks
 from osync.types import NodeState, ResponseHead
 from osync.wire import ndjson
 
-MAX_PENDING = 1024
-"""Different lines (status and digest) that a slow reader may be behind: models have some ten layers."""
+MAX_PENDING = 512
+"""Lines that a slow reader may be behind before older ones of the same layer are left out."""
 
 ERROR_BODY_LIMIT = 1 << 20
 
 
 class Reader:
-    """One client's place in a shared stream. What it missed of one layer is replaced by what is newest."""
+    """One client's place in a shared stream: every line, and where it is too slow, the newest of each layer."""
 
     def __init__(self, seen: dict[str, bytes]) -> None:
-        self._pending = dict(seen)
+        self._pending = deque(seen.items())
         self._wake = asyncio.Event()
         self._ended = False
 
     def push(self, key: str, line: bytes) -> None:
-        """Hold a line until it is read, in place of an older one of the same key."""
-        self._pending.pop(key, None)
-        self._pending[key] = line
+        """Hold a line until it is read."""
+        self._pending.append((key, line))
         if len(self._pending) > MAX_PENDING:
-            del self._pending[next(iter(self._pending))]
+            newest: dict[str, bytes] = {}
+            for each, held in self._pending:
+                newest.pop(each, None)
+                newest[each] = held
+            self._pending = deque(list(newest.items())[-MAX_PENDING // 2 :])
         self._wake.set()
 
     def end(self) -> None:
@@ -46,7 +50,7 @@ class Reader:
         """Yield lines without their end, oldest first, until the stream has ended."""
         while True:
             while self._pending:
-                yield self._pending.pop(next(iter(self._pending)))
+                yield self._pending.popleft()[1]
             if self._ended:
                 return
             self._wake.clear()

@@ -25,6 +25,7 @@ STATE_EVERY_S: Final = 1.0
 STATE_GAP_S: Final = 0.05
 """Least time between two states, however often they change: counts of active requests do with each one."""
 HELLO_S: Final = 5.0
+FLUSH_S: Final = 1.0
 
 
 FULL_NAME: Final[str] = pb.DESCRIPTOR.services_by_name["Node"].full_name
@@ -89,8 +90,9 @@ class NodeService(node_pb2_grpc.NodeServicer):
             self._links.discard(link)
             log.info("proxy_gone", proxy=hello.node_id, address=context.peer())
 
-    async def close(self) -> None:
-        """End all links: their requests are cancelled, and proxies see the stream end."""
+    async def close(self, grace_s: float = 0.0) -> None:
+        """End all links: no new requests, `grace_s` for those that run, and proxies see the streams end."""
+        await asyncio.gather(*(link.session.drain(grace_s) for link in self._links))
         self._closing.set()
 
     async def _hello(self, context: Any) -> pb.Hello:
@@ -137,17 +139,21 @@ class _ProxyLink:
     async def run(self, closing: asyncio.Event) -> None:
         """Carry frames until either side ends it."""
         tasks = Tasks("link")
-        work = {
-            tasks.spawn("read", self._read()),
-            tasks.spawn("write", self._write()),
-            tasks.spawn("closing", closing.wait()),
-        }
+        writer = tasks.spawn("write", self._write())
+        work = {writer, tasks.spawn("read", self._read()), tasks.spawn("closing", closing.wait())}
         self.session.outbox.wake()
         try:
             await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
+            if closing.is_set():
+                self.session.outbox.close()
+                await asyncio.wait({writer}, timeout=FLUSH_S)
         finally:
             if self._timer is not None:
                 self._timer.cancel()
+            # All is cancelled before anything is awaited: the library may cancel this handler twice, once for
+            # the proxy that left and once for the server that stops.
+            for task in work:
+                task.cancel()
             await self.session.close()
             await tasks.close()
 
@@ -161,7 +167,7 @@ class _ProxyLink:
 
     async def _write(self) -> None:
         outbox = self.session.outbox
-        while True:
+        while not outbox.done:
             await outbox.wait()
             message = pb.LinkDown()
             if self._state_due:

@@ -16,16 +16,17 @@ import grpc.aio
 import orjson
 import structlog
 
-from osync.version import __version__
 from osync.errors import FrameTooLarge, OsyncError, StreamBroken
 from osync.net import typed
 from osync.net.body import BytesBody
 from osync.net.exchange import Responder, Serve
+from osync.net.server import RpcServer
 from osync.net.serving import answer
 from osync.net.typed import Json
 from osync.pb import inference_pb2 as pb
 from osync.pb import inference_pb2_grpc
 from osync.types import Headers, RequestHead, ResponseHead
+from osync.version import __version__
 from osync.wire.ndjson import LineSplitter
 
 log = structlog.get_logger("osync.net")
@@ -155,6 +156,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def _ask(self, head: RequestHead, body: bytes, responder: Responder) -> None:
         if error := await answer(self._serve, head, BytesBody(body), responder):
             raise error
+
+
+def add_inference(server: RpcServer, serve: Serve) -> None:
+    """Serve osync.v1.Inference on `server`; before its start."""
+    server.add_service(inference_pb2_grpc.add_InferenceServicer_to_server, InferenceService(serve), FULL_NAME)
 
 
 @asynccontextmanager

@@ -163,7 +163,18 @@ class Outbox:
         self._ready: dict[int, Outgoing] = {}
         self._control: list[tuple[int, int]] = []
         self._woken = False
+        self._closed = False
         self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def done(self) -> bool:
+        """True once it is closed and empty."""
+        return self._closed and not self._ready and not self._control
+
+    def close(self) -> None:
+        """Say that no more comes: what is there still goes out."""
+        self._closed = True
+        self.wake()
 
     def outgoing(self, exchange: int) -> Outgoing:
         """Return the sending side of an exchange."""

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterable
 from typing import Final
 
-from osync.errors import CapacityError, OsyncError, StreamBroken, WireError
+from osync.errors import CapacityError, OsyncError, StreamBroken, UpstreamUnavailable, WireError
 from osync.net.body import BytesBody, PipeBody
 from osync.net.convert import request_head
 from osync.net.credit import ReceiveCredit
@@ -92,6 +92,7 @@ class ServingSession:
         self._tasks = Tasks(f"link.{proxy_id}")
         self._exchanges: dict[int, ServedExchange] = {}
         self._last = 0
+        self._refuses = False
 
     def __len__(self) -> int:
         return len(self._exchanges)
@@ -115,6 +116,12 @@ class ServingSession:
             elif kind == "data":
                 self._data(frame.exchange, exchange, frame.data)
 
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests, and wait that long for those that run."""
+        self._refuses = True
+        if running := [exchange.task for exchange in self._exchanges.values() if exchange.task is not None]:
+            await asyncio.wait(running, timeout=timeout_s)
+
     async def close(self) -> None:
         """Cancel all requests and wait for them."""
         for exchange in self._exchanges.values():
@@ -126,6 +133,9 @@ class ServingSession:
             raise WireError(f"exchange {number} was opened after {self._last}")
         self._last = number
         exchange = ServedExchange(self.outbox, number, opened)
+        if self._refuses:
+            exchange.outgoing.finish(UpstreamUnavailable("the node is stopping"))
+            return
         if len(self._tasks) >= MAX_EXCHANGES:
             exchange.outgoing.finish(CapacityError(f"{MAX_EXCHANGES} requests are open on this link"))
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
@@ -34,7 +35,7 @@ class RpcServer:
         self._server = grpc.aio.server(interceptors=(self._interceptor,), options=SERVER)
         self._health = health.aio.HealthServicer()
         self._names = [reflection.SERVICE_NAME]
-        self._closers: list[Callable[[], Awaitable[None]]] = []
+        self._closers: list[Callable[[float], Awaitable[None]]] = []
         self.add_service(health_pb2_grpc.add_HealthServicer_to_server, self._health, health.SERVICE_NAME)
 
     def add_service(
@@ -44,8 +45,8 @@ class RpcServer:
         add(servicer, self._server)
         self._names.append(full_name)
 
-    def on_stop(self, close: Callable[[], Awaitable[None]]) -> None:
-        """Await `close` when `stop` begins: for services whose calls never end on their own."""
+    def on_stop(self, close: Callable[[float], Awaitable[None]]) -> None:
+        """Await `close(grace_s)` when `stop` begins: for services whose calls never end on their own."""
         self._closers.append(close)
 
     async def start(self) -> int:
@@ -73,8 +74,10 @@ class RpcServer:
     async def stop(self, grace_s: float) -> None:
         """Take no more calls, let running ones finish for `grace_s`, cancel the rest, and wait for them."""
         await self.serving(False)
+        until = time.monotonic() + grace_s
         for close in self._closers:
-            await close()
+            await close(max(0.0, until - time.monotonic()))
+        grace_s = max(0.0, until - time.monotonic())
         async with asyncio.TaskGroup() as group:
             group.create_task(self._server.stop(grace_s), name="grpc.stop")
             # Watchers of health would use up the grace: they never end on their own.

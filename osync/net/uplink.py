@@ -12,7 +12,6 @@ from typing import Any, Final
 import grpc
 import structlog
 
-from osync.version import __version__
 from osync.errors import UpstreamUnavailable, WireError
 from osync.net.convert import PROTOCOL, state_from
 from osync.net.guard import rpc_guard
@@ -22,6 +21,7 @@ from osync.net.tasks import Tasks
 from osync.pb import node_pb2 as pb
 from osync.pb import node_pb2_grpc
 from osync.types import NodeState, RequestHead
+from osync.version import __version__
 
 log = structlog.get_logger("osync.net")
 

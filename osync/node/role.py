@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 import structlog
 
-from osync.version import __version__
 from osync.backend.base import Backend
 from osync.config import Settings
 from osync.errors import CapacityError
 from osync.net.exchange import Body, Responder
 from osync.node.host import HostSampler
 from osync.types import NodeId, NodeState, RequestHead
+from osync.version import __version__
 
 log = structlog.get_logger("osync.node")
 

@@ -15,7 +15,7 @@ from tests.daemons import processes, wait_for
 async def test_three_nodes_one_killed_before_first_byte_no_failed_request(tmp_path: Path):
     with processes(tmp_path) as owner:
         fakes = [
-            owner.fake("--models", "m", "--first-token-delay-ms", "150", "--tokens", "4", "--parallel", "64")
+            owner.fake("--models", "m", "--first-token-ms", "150", "--tokens", "4", "--parallel", "64")
             for _ in range(3)
         ]
         nodes = [
@@ -41,7 +41,7 @@ async def test_three_nodes_one_killed_before_first_byte_no_failed_request(tmp_pa
             await killed.wait()
             nodes[1].kill()
 
-        async with asyncio.TaskGroup() as group:
+        async with client, asyncio.TaskGroup() as group:
             group.create_task(kill())
             for _ in range(20):
                 group.create_task(ask())

@@ -11,7 +11,7 @@ from tests.daemons import Process
 from tests.e2e.conftest import MODEL
 
 pytestmark = pytest.mark.engine
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+QUESTION = [{"role": "user", "content": "What color is the sky?"}]
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def client(engine: Process) -> Iterator[openai.OpenAI]:
 
 def test_chat_completion(client: openai.OpenAI):
     answer = client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0, max_tokens=24)
-    assert "Paris" in (answer.choices[0].message.content or "")
+    assert "blue" in (answer.choices[0].message.content or "")
     assert answer.object == "chat.completion" and answer.choices[0].finish_reason in ("stop", "length")
     assert answer.usage and answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 

@@ -154,6 +154,9 @@ async def test_pull_goes_to_the_node_with_most_room_and_relays_progress() -> Non
         assert reply.node == "n1"
         assert reply.lines[0] == {"status": "pulling manifest"}
         assert reply.lines[-1] == {"status": "success"}
+        assert [line["completed"] for line in reply.lines if "completed" in line] == [
+            91_728_032 * step // 4 for step in (1, 2, 3, 4)
+        ]
         assert cluster.having("m") == [1]
 
 

@@ -14,7 +14,7 @@ from google.protobuf.struct_pb2 import Struct, Value
 
 from osync import __version__, errors
 from osync.net.exchange import Body, Responder
-from osync.net.inference import FULL_NAME, InferenceService
+from osync.net.inference import add_inference
 from osync.net.server import RpcServer
 from osync.pb import inference_pb2 as pb
 from osync.pb import inference_pb2_grpc
@@ -62,7 +62,7 @@ async def api() -> Api:
 @pytest.fixture
 async def stub(api: Api) -> AsyncIterator[Any]:
     server = RpcServer("127.0.0.1", 0)
-    server.add_service(inference_pb2_grpc.add_InferenceServicer_to_server, InferenceService(api.serve), FULL_NAME)
+    add_inference(server, api.serve)
     port = await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         yield inference_pb2_grpc.InferenceStub(channel)

@@ -34,6 +34,8 @@ by it what they may ask for. osync's own version is in the gateway's /api/status
 
 SCAN_INTERVAL_S = 2.0  # a file that is dropped in appears by itself; a scan is a few stat calls
 
+_STARTING = "the engine is starting"
+
 _Handler = Callable[[RequestHead, Body, Responder], Awaitable[None]]
 
 _ELSEWHERE = {
@@ -69,7 +71,7 @@ class EngineBackend:
         self._tasks = Tasks("backend.engine")
         self._notify: list[Callable[[], None]] = []
         self._library: EngineLibrary | None = None
-        self._error = "the engine is starting"
+        self._error = _STARTING
         self._scan_lock = asyncio.Lock()
         self._scans = 0
         self._stop = threading.Event()
@@ -145,7 +147,7 @@ class EngineBackend:
         """Scan; callers that come while one runs share the next one."""
         arrived = self._scans
         async with self._scan_lock:
-            if self._scans > arrived + 1:
+            if self._scans > arrived:
                 return
             self._scans += 1
             if await asyncio.to_thread(self._store.scan):
@@ -249,7 +251,7 @@ class EngineBackend:
         if not name:
             raise ModelNotFound("model '' not found")
         model = await self._find(name)
-        self._require_library()
+        self._require(model, name, "generate")
         await inference.generate(fields, model, self._table, responder)
 
     async def _chat(self, _: RequestHead, body: Body, responder: Responder) -> None:
@@ -258,9 +260,11 @@ class EngineBackend:
         if not name:
             raise BadRequest("model is required")
         model = await self._find(name)
-        self._require_library()
+        self._require(model, name, "chat")
         await inference.chat(fields, model, self._table, responder)
 
-    def _require_library(self) -> None:
-        if self._library is None and self._error != "the engine is starting":
+    def _require(self, model: StoredModel, name: str, what: str) -> None:
+        if self._library is None and self._error != _STARTING:
             raise NotSupported(self._error)
+        if "completion" not in model.info.capabilities:
+            raise BadRequest(f'"{name}" does not support {what}')

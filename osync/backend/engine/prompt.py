@@ -38,7 +38,7 @@ async def generate_prompt(
     if not context:
         messages += model.messages
     messages.append({"role": "user", "content": prompt})
-    text = render_go(own, messages) if own else await template.render(messages)
+    text = await render_go(own, messages) if own else await template.render(messages)
     if context:
         return context + await runner.tokenize(text, False)
     return await tokenize(runner, text)

@@ -17,7 +17,7 @@ from osync.config import Settings
 from osync.coordinator.runner import DEFAULT_CONTEXT, RunnerSettings
 from osync.engine.store import StoredModel
 from osync.engine.template import ChatTemplate
-from osync.errors import CapacityError, ModelUnusable, OsyncError
+from osync.errors import BadRequest, CapacityError, ConfigError, ModelUnusable, OsyncError
 from osync.net.tasks import Tasks
 from osync.wire.options import RunnerOptions, parse_lifetime
 
@@ -72,11 +72,15 @@ class Table:
         self._load = load
         self._available_memory = available_memory
         self._on_change = on_change
-        self._default_keep_alive_s = parse_lifetime(settings.keep_alive)
-        timeout_s = parse_lifetime(settings.load_timeout)
+        try:
+            self._default_keep_alive_s = parse_lifetime(settings.keep_alive)
+            timeout_s = parse_lifetime(settings.load_timeout)
+        except BadRequest as error:
+            raise ConfigError(f"keep_alive or load_timeout is no duration: {error}") from error
         self._load_timeout_s = timeout_s if timeout_s > 0 else math.inf
         self._slots: dict[Path, Slot] = {}
-        self._tasks = Tasks("engine.table")
+        self._loads = Tasks("engine.load")
+        self._unloads = Tasks("engine.unload")
         self._loading = asyncio.Lock()
         self._freed = asyncio.Event()
         self._closed = False
@@ -185,7 +189,7 @@ class Table:
         slot.last_used = time.monotonic()
         slot.ready.add_done_callback(lambda f: f.cancelled() or f.exception())  # also if all have left
         self._slots[model.path] = slot
-        self._tasks.spawn("load", self._fill(slot))
+        self._loads.spawn("load", self._fill(slot))
         return slot
 
     async def _fill(self, slot: Slot) -> None:
@@ -291,7 +295,7 @@ class Table:
             slot.timer = None
         if slot.is_closing or slot.keep_alive_s <= 0:
             slot.is_closing = slot.is_unloading = True
-            self._tasks.spawn("unload", self._unload(slot))
+            self._unloads.spawn("unload", self._unload(slot))
         elif slot.keep_alive_s != math.inf:
             delay_s = min(slot.keep_alive_s, 1e8)
             slot.timer = asyncio.get_running_loop().call_later(delay_s, self._expired, slot)
@@ -330,11 +334,13 @@ class Table:
     async def close(self) -> None:
         """Stop loads and free all models."""
         self._closed = True
-        slots = list(self._slots.values())
-        for slot in slots:
+        await self._loads.close()
+        for slot in list(self._slots.values()):
             if slot.timer:
                 slot.timer.cancel()
-        await self._tasks.close()
-        for slot in slots:
-            if not slot.gone.is_set():
-                await self._put_away(slot)
+            if not slot.is_unloading:
+                slot.is_closing = slot.is_unloading = True
+                self._unloads.spawn("unload", self._unload(slot))
+            # Not cancelled: half-freed models are worse than a wait, and each is bounded.
+            await slot.gone.wait()
+        await self._unloads.close()
