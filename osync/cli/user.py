@@ -50,16 +50,20 @@ def status(host: Host = None, port: Port = None, url: Url = None, as_json: Json 
 @app.command()
 @reported
 def models(host: Host = None, port: Port = None, url: Url = None, as_json: Json = False) -> None:
-    """List the models that nodes have."""
+    """List the models that nodes have, and which nodes have them."""
     with connect(host, port, url) as client:
-        found = client.list()
+        found, cluster = client.list(), client.status()
+    where = {str(row["name"]): [str(h["hostname"]) for h in row["hosts"]] for row in cluster.models}
     if as_json:
-        print_json(found.raw)
+        rows = [{**m.raw, "hosts": where.get(m.name or m.model, [])} for m in found.models]
+        print_json({**found.raw, "models": rows})
         return
-    rows = [(m.name or m.model, m.digest.removeprefix("sha256:")[:12], size(m.size),
-             m.details.parameter_size or "-", m.details.quantization_level or "-", ago(m.modified_at))
-            for m in found.models]  # fmt: skip
-    print_table(("name", "id", "size", "parameters", "quantization", "modified"), rows)
+    print_table(
+        ("name", "id", "size", "parameters", "quantization", "hosts", "modified"),
+        [(m.name or m.model, m.digest.removeprefix("sha256:")[:12], size(m.size),
+          m.details.parameter_size or "-", m.details.quantization_level or "-",
+          ",".join(where.get(m.name or m.model, [])) or "-", ago(m.modified_at)) for m in found.models],
+    )  # fmt: skip
 
 
 @app.command()

@@ -36,7 +36,7 @@ async def test_models_as_columns_and_as_json(ollama):
     result = await osync("models")
     assert result.exit_code == 0, result.output
     heading, row = result.stdout.splitlines()
-    assert heading.split() == ["NAME", "ID", "SIZE", "PARAMETERS", "QUANTIZATION", "MODIFIED"]
+    assert heading.split() == ["NAME", "ID", "SIZE", "PARAMETERS", "QUANTIZATION", "HOSTS", "MODIFIED"]
     assert row.split()[0] == "a:latest"
     assert "91.7 MB" in row
     assert json.loads((await osync("models", "--json")).stdout)["models"][0]["name"] == "a:latest"
