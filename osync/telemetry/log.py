@@ -17,7 +17,10 @@ def setup(level: str, log_format: str) -> None:
     number = logging.getLevelNamesMapping()[level]
     renderer: Any
     if console:
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty() and "NO_COLOR" not in os.environ)
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty() and "NO_COLOR" not in os.environ,
+            exception_formatter=structlog.dev.plain_traceback,  # rich's shows locals: prompts, that is
+        )
     else:
         renderer = structlog.processors.JSONRenderer(serializer=_to_json)
     structlog.configure(
