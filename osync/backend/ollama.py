@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextvars import ContextVar
-from typing import Any
+from collections.abc import Callable, Iterable
 
-import aiohttp
-from aiohttp import ClientConnectorError, ClientError, ClientResponse, ClientTimeout, ConnectionTimeoutError
 from yarl import URL
 
+from osync.backend.http1_connection import Answer
+from osync.backend.http1_pool import Client, Unreachable
 from osync.backend.ollama_state import answered_model
-from osync.backend.ollama_watch import Watch, describe
-from osync.errors import BadRequest, OsyncError, StreamBroken, UpstreamUnavailable
+from osync.backend.ollama_watch import Watch
+from osync.errors import BadRequest, StreamBroken, UpstreamUnavailable
 from osync.net.exchange import WINDOW_BYTES, Body, Responder
 from osync.types import BackendState, Headers, RequestHead, ResponseHead
 
@@ -24,25 +22,12 @@ _HOP_BY_HOP = frozenset({
 })  # fmt: skip
 # Host becomes the backend's, the gateway answers for Origin, Expect was met there, the length is known anew.
 _REQUEST_DROPS = _HOP_BY_HOP | {"host", "origin", "expect", "content-length"}
-_NO_AUTO_HEADERS = ("Accept", "Accept-Encoding", "User-Agent", "Content-Type")
 _BODILESS = frozenset({"GET", "HEAD", "OPTIONS"})
 _CHANGES_DISK = frozenset({"/api/pull", "/api/create", "/api/copy", "/api/delete", "/api/push"})
 _INFERENCE = frozenset({
     "/api/generate", "/api/chat", "/api/embed", "/api/embeddings", "/v1/chat/completions", "/v1/completions",
     "/v1/embeddings", "/v1/responses", "/v1/messages", "/v1/audio/transcriptions",
 })  # fmt: skip
-_CONNECT_TIMEOUT_S = 2.0
-_WRITE_BYTES = 1 << 18  # pieces of a large body: each is one turn of the loop at most
-
-_is_fresh: ContextVar[bool] = ContextVar("is_fresh", default=False)
-
-
-class _Connector(aiohttp.TCPConnector):
-    """Notes whether the running request got a new connection or one from the pool."""
-
-    async def _create_connection(self, *args: Any, **kwargs: Any) -> Any:
-        _is_fresh.set(True)
-        return await super()._create_connection(*args, **kwargs)
 
 
 class OllamaBackend:
@@ -56,27 +41,23 @@ class OllamaBackend:
         self._hint = hint
         self._slots = _slots()
         self._active = 0
-        self._session: aiohttp.ClientSession | None = None
-        self._fresh: aiohttp.ClientSession | None = None
+        self._client: Client | None = None
         self._watch: Watch | None = None
         self._notify: list[Callable[[], None]] = []
 
     async def start(self) -> None:
         """Open the connection pool and begin watching."""
-        self._session = _session(_Connector(limit=0, limit_per_host=0))
-        # For bodies that cannot be sent twice, and for the second try: never a connection from the pool.
-        self._fresh = _session(_Connector(limit=0, force_close=True))
-        self._watch = Watch(self._session, self._url, lambda: self._active > 0, self._changed)
+        self._client = Client(self._url)
+        self._watch = Watch(self._client, self._url, lambda: self._active > 0, self._changed)
         self._watch.start()
 
     async def close(self) -> None:
         """Stop watching; break off what runs."""
         if self._watch is not None:
             await self._watch.close()
-        for session in (self._session, self._fresh):
-            if session is not None:
-                await session.close()
-        self._session = self._fresh = None
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
 
     def on_change(self, notify: Callable[[], None]) -> None:
         """Call `notify` when the state differs in more than its count of active requests."""
@@ -105,127 +86,63 @@ class OllamaBackend:
 
     async def serve(self, head: RequestHead, body: Body, responder: Responder) -> None:
         """Send one request on and its answer back. Raises UpstreamUnavailable before the head."""
-        watch = self._watch
-        if watch is None or self._session is None:
+        watch, client = self._watch, self._client
+        if watch is None or client is None:
             raise UpstreamUnavailable(f"the backend for Ollama at {self._url} is not running")
         path = head.target.partition("?")[0]
         is_inference = path in _INFERENCE
         self._active += is_inference
         try:
-            response = await self._send(head, body)
+            answer = await self._send(client, head, body)
             try:
-                if response.status == 404:
-                    watch.tags_soon()
-                await self._relay(response, responder, watch if is_inference else None)
+                await self._relay(answer, responder, watch, is_inference)
             finally:
-                # Closes the socket unless the answer was read to its end: that stops Ollama's work.
-                response.close()
+                # Closes the socket unless the answer was there to its end: that stops Ollama's work.
+                answer.close()
         finally:
             self._active -= is_inference
             if path in _CHANGES_DISK:
                 watch.tags_soon()
 
-    async def _relay(self, response: ClientResponse, responder: Responder, watch: Watch | None) -> None:
-        await responder.start(ResponseHead(response.status, _without(response.headers.items(), _HOP_BY_HOP)))
-        read = response.content.readany
+    async def _relay(self, answer: Answer, responder: Responder, watch: Watch, is_inference: bool) -> None:
+        head = await answer.head()
+        if head.status == 404:
+            watch.tags_soon()
+        await responder.start(ResponseHead(head.status, _without(head.headers, _HOP_BY_HOP)))
+        is_first = is_inference
         while True:
             try:
-                data = await read()
-            except (ClientError, OSError) as error:
-                if self._watch is not None:
-                    self._watch.check_soon()
+                data = await answer.read()
+            except OSError as error:
+                watch.check_soon()
                 raise StreamBroken(f"Ollama at {self._url} broke off in the middle of an answer") from error
             if not data:
                 return
-            if watch is not None:
+            if is_first:
                 _look_soon(watch, data)
-                watch = None
+                is_first = False
             await responder.write(data)
 
-    async def _send(self, head: RequestHead, body: Body) -> ClientResponse:
+    async def _send(self, client: Client, head: RequestHead, body: Body) -> Answer:
         """Return the answer as soon as its head is there."""
         if not head.target.startswith("/"):
             raise BadRequest("the request's target is not a path")
-        url = URL(self._url + head.target, encoded=True)
-        headers = list(_without(head.headers, _REQUEST_DROPS))
+        headers = _without(head.headers, _REQUEST_DROPS)
         declared = _declared_length(head.headers)
-        upload: _Upload | None = None
-        data: bytes | None = None
+        data, is_whole = b"", True
         if head.method not in _BODILESS or declared:
             data, is_whole = await _gather(body, declared)
-            if not is_whole:
-                upload = _Upload(data, body)
-                if declared is not None:
-                    headers.append(("Content-Length", str(declared)))
-        session = self._fresh if upload else self._session
-        _is_fresh.set(False)
         try:
-            return await self._request(session, head.method, url, headers, upload or data)
-        except (ClientError, OSError) as error:
-            if upload is not None and upload.error is not None:
-                raise upload.error from error
-            # Ollama may have closed a pooled connection just before this request used it.
-            if upload is not None or _is_fresh.get():
-                raise self._unavailable(error) from error
-        try:
-            return await self._request(self._fresh, head.method, url, headers, data)
-        except (ClientError, OSError) as error:
+            return await client.request(head.method, head.target, headers, data, None if is_whole else body, declared)
+        except OSError as error:
             raise self._unavailable(error) from error
 
-    async def _request(
-        self, session: aiohttp.ClientSession | None, method: str, url: URL, headers: list[tuple[str, str]],
-        data: bytes | _Upload | None,
-    ) -> ClientResponse:  # fmt: skip
-        if session is None or session.closed:
-            raise UpstreamUnavailable(f"the backend for Ollama at {self._url} is closing")
-        if isinstance(data, bytes) and len(data) > _WRITE_BYTES:
-            headers = [*headers, ("Content-Length", str(len(data)))]
-            payload: object = _slices(data)
-        else:
-            payload = data or None
-        try:
-            return await session.request(method, url, headers=headers, data=payload, allow_redirects=False)
-        except ValueError as error:
-            if isinstance(error, ClientError):
-                raise
-            raise BadRequest(f"the request cannot be sent on: {error}") from error
-
-    def _unavailable(self, error: Exception) -> UpstreamUnavailable:
+    def _unavailable(self, error: OSError) -> UpstreamUnavailable:
         if self._watch is not None:
             self._watch.check_soon()
-        if isinstance(error, (ClientConnectorError, ConnectionTimeoutError)):
-            return UpstreamUnavailable(f"cannot reach Ollama at {self._url}: {describe(error)}")
-        return UpstreamUnavailable(f"Ollama at {self._url} broke off before it answered: {describe(error)}")
-
-
-class _Upload:
-    """The rest of a request's body, read as fast as Ollama takes it; keeps why reading failed."""
-
-    def __init__(self, first: bytes, body: Body) -> None:
-        self.error: OsyncError | None = None
-        self._first, self._body = first, body
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        for piece in _cut(self._first):
-            yield piece
-        self._first = b""
-        try:
-            while piece := await self._body.read():
-                yield piece
-        except OsyncError as error:
-            self.error = error
-            raise
-
-
-def _session(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(
-        connector=connector,
-        # No limit on silence: Ollama says nothing while it loads, queues and reads the prompt.
-        timeout=ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=None),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        auto_decompress=False,
-        skip_auto_headers=_NO_AUTO_HEADERS,
-    )
+        if isinstance(error, Unreachable):
+            return UpstreamUnavailable(f"cannot reach Ollama at {self._url}: {error}")
+        return UpstreamUnavailable(f"Ollama at {self._url} broke off before it answered: {error}")
 
 
 def _look_soon(watch: Watch, first: bytes) -> None:
@@ -269,15 +186,6 @@ async def _gather(body: Body, declared: int | None) -> tuple[bytes, bool]:
         if not piece or size == declared:
             return b"".join(pieces), True
     return b"".join(pieces), False
-
-
-def _cut(data: bytes) -> Iterable[bytes]:
-    return (data[at : at + _WRITE_BYTES] for at in range(0, len(data), _WRITE_BYTES))
-
-
-async def _slices(data: bytes) -> AsyncIterator[bytes]:
-    for piece in _cut(data):
-        yield piece
 
 
 def _slots() -> int:

@@ -8,11 +8,12 @@ from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from typing import TypeVar
 
-import aiohttp
 import structlog
 
+from osync.backend.http1_connection import why
+from osync.backend.http1_pool import Client
 from osync.backend.ollama_state import parse_ps, parse_tags, parse_version
-from osync.errors import WireError
+from osync.errors import OsyncError, WireError
 from osync.net.tasks import Tasks
 from osync.types import LoadedModel, ModelInfo
 from osync.wire import names
@@ -34,15 +35,13 @@ T = TypeVar("T")
 class Watch:
     """Polls version, ps and tags; `changed` is called when what it knows differs."""
 
-    def __init__(
-        self, session: aiohttp.ClientSession, url: str, busy: Callable[[], bool], changed: Callable[[], None]
-    ) -> None:
+    def __init__(self, client: Client, url: str, busy: Callable[[], bool], changed: Callable[[], None]) -> None:
         self.ok = False
         self.version = ""
         self.models: tuple[ModelInfo, ...] = ()
         self.loaded: tuple[LoadedModel, ...] = ()
         self.error = f"Ollama at {url} was not asked yet"
-        self._session, self._url = session, url
+        self._client, self._url = client, url
         self._busy, self._changed = busy, changed
         self._failures = 0
         self._tasks = Tasks("ollama")
@@ -94,7 +93,7 @@ class Watch:
     async def _check(self) -> None:
         try:
             version = parse_version(await self._get("/api/version", CHECK_TIMEOUT_S))
-        except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
+        except (OSError, OsyncError) as error:
             self._fail(error)
             return
         self._failures = 0
@@ -110,13 +109,13 @@ class Watch:
     def _fail(self, error: Exception) -> None:
         self._failures += 1
         text = (
-            f"Ollama at {self._url} does not answer ({describe(error)}); start it with `ollama serve`, "
+            f"Ollama at {self._url} does not answer ({why(error)}); start it with `ollama serve`, "
             "or say where it is with --ollama-host or OLLAMA_HOST"
         )
         if self._failures < FALL and self.ok:
             return
         if self.ok:
-            log.warning("ollama_down", url=self._url, reason=describe(error))
+            log.warning("ollama_down", url=self._url, reason=why(error))
         if self.ok or self.error != text:
             self.ok, self.error, self.loaded, self._loaded_names = False, text, (), frozenset()
             self._seen.clear()
@@ -146,8 +145,8 @@ class Watch:
             if self._seen.get(path) == body:
                 return None
             value = parse(body)
-        except (aiohttp.ClientError, OSError, TimeoutError, WireError) as error:
-            log.debug("ollama_look_failed", url=self._url, path=path, reason=describe(error))
+        except (OSError, OsyncError) as error:
+            log.debug("ollama_look_failed", url=self._url, path=path, reason=why(error))
             if self.ok:
                 self.check_soon()
             return None
@@ -155,29 +154,22 @@ class Watch:
         return value
 
     async def _get(self, path: str, timeout_s: float) -> bytes:
-        async with asyncio.timeout(timeout_s), self._session.get(self._url + path) as response:
-            if response.status != 200:
-                raise WireError(f"it answers {response.status} to GET {path}")
-            body = bytearray()
-            while piece := await response.content.readany():
-                body += piece
-                if len(body) > MAX_ANSWER:
-                    raise WireError(f"its answer to GET {path} is over {MAX_ANSWER} bytes")
-            return bytes(body)
+        async with asyncio.timeout(timeout_s):
+            answer = await self._client.request("GET", path)
+            try:
+                status = (await answer.head()).status
+                if status != 200:
+                    raise WireError(f"it answers {status} to GET {path}")
+                body = bytearray()
+                while piece := await answer.read():
+                    body += piece
+                    if len(body) > MAX_ANSWER:
+                        raise WireError(f"its answer to GET {path} is over {MAX_ANSWER} bytes")
+                return bytes(body)
+            finally:
+                answer.close()
 
 
 @lru_cache(maxsize=1024)
 def _key(name: str) -> str:
     return names.key(name)
-
-
-def describe(error: BaseException) -> str:
-    """Return why a connection failed, in a few words."""
-    if isinstance(error, aiohttp.ClientConnectorError):
-        cause = error.os_error
-        return cause.strerror or str(cause)
-    if isinstance(error, aiohttp.ServerDisconnectedError):
-        return "it closed the connection"
-    if isinstance(error, TimeoutError):
-        return "no answer in time"
-    return str(error) or type(error).__name__

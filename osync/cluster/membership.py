@@ -82,6 +82,7 @@ class _Remote:
         state = link.state
         up = state is not None
         if state is not None:
+            peer.last = state
             self._name = state.node_id
         if up != self._up:
             self._up = up

@@ -19,6 +19,8 @@ class Peer:
     failures: int = 0
     """Connection attempts that failed since it last answered."""
     error: str = ""
+    last: NodeState | None = None
+    """Its newest state, also while it is down; None if it never answered."""
 
     @property
     def state(self) -> NodeState | None:
@@ -38,14 +40,14 @@ class ClusterView:
 
     peers: list[Peer] = field(default_factory=list)
 
-    def up(self) -> Iterator[tuple[NodeState, Peer]]:
-        """Yield each node that is up once: the local link first, whatever its backend says."""
-        seen: set[NodeId] = set()
+    def up(self) -> list[tuple[NodeState, Peer]]:
+        """Return each node that is up once: the local link first, whatever its backend says."""
+        found: dict[NodeId, tuple[NodeState, Peer]] = {}
         for peer in self.peers:
-            state = peer.state
-            if state is not None and state.node_id not in seen:
-                seen.add(state.node_id)
-                yield state, peer
+            state = peer.link.state
+            if state is not None and state.node_id not in found:
+                found[state.node_id] = (state, peer)
+        return list(found.values())
 
     def usable(self) -> Iterator[tuple[NodeState, Peer]]:
         """Yield each node that may get requests."""

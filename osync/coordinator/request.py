@@ -64,6 +64,7 @@ class Request:
     ) -> None:
         self.prompt = tuple(prompt)
         self.options = options.with_seed()
+        self.is_repeatable = self.options is options
         self.cancelled = False
         self.ended = False
         self.reused = 0
@@ -159,7 +160,8 @@ class Request:
             prompt_tokens=len(self.prompt),
             prompt_ns=self._first_ns - self._started_ns,
             output_tokens=self._sampled,
-            output_ns=now_ns - self._first_ns,
+            # The first token falls out of the prompt's evaluation; a count without a time misleads who divides.
+            output_ns=max(now_ns - self._first_ns, min(1, self._sampled)),
             tokens=tuple(self._tokens),
             queued_ns=self._started_ns - self._queued_ns,
             reused_tokens=self.reused,

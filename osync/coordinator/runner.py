@@ -23,6 +23,8 @@ log = structlog.get_logger("osync.coordinator")
 
 DEFAULT_CONTEXT = 8192
 """Of a model that was trained for more, where nobody asks for a length."""
+MAX_BATCH = 512
+"""Rows of one evaluation."""
 _LONG_TEXT = 16 << 10
 """Characters from which a text is tokenized beside the event loop: some milliseconds' work."""
 _OVERHEAD = 128 << 20
@@ -137,6 +139,14 @@ class Runner:
             await self._stage.close()
 
 
+def too_large(need: int, available: int) -> str:
+    """Say in Ollama's words that a model does not fit; in bytes."""
+    return (
+        f"model requires more system memory ({need / (1 << 30):.1f} GiB) than is available "
+        f"({available / (1 << 30):.1f} GiB)"
+    )
+
+
 def plan_context(model: Model, settings: RunnerSettings, available: int) -> ContextSettings:
     """Fit the context into the memory that is there: fewer sequences at once before none at all."""
     trained = model.train_context_length or DEFAULT_CONTEXT
@@ -149,16 +159,14 @@ def plan_context(model: Model, settings: RunnerSettings, available: int) -> Cont
     parallel = max(1, min(settings.parallel, room)) if on_host else settings.parallel
     need = model.size_bytes + _OVERHEAD + cell * length * parallel
     if on_host and room < 1:
-        raise ModelUnusable(
-            f"model requires more system memory ({need / (1 << 30):.1f} GiB) than is available "
-            f"({available / (1 << 30):.1f} GiB)"
-        )
+        raise ModelUnusable(too_large(need, available))
     if parallel < settings.parallel:
         log.warning("fewer_sequences", file=model.path.name, wanted=settings.parallel, parallel=parallel)
     return ContextSettings(
         context_length=length,
         sequences=parallel,
-        n_batch=min(settings.n_batch, 512),
+        # Each sequence needs a row in every evaluation.
+        n_batch=max(parallel, min(settings.n_batch, MAX_BATCH)),
         threads=settings.threads,
         flash_attention="off" if settings.deterministic else settings.flash_attention,
         kv_type=settings.kv_type,

@@ -60,8 +60,8 @@ class Schedule:
     def admit(self, request: Request) -> int:
         """Give a request the free slot that knows most of its prompt; return how many tokens it keeps."""
         free = [slot for slot in self.slots if slot.request is None]
-        slot = max(free, key=lambda slot: (self._common(slot, request.prompt), -len(slot.tokens), -slot.used))
-        kept = self._common(slot, request.prompt)
+        slot = max(free, key=lambda slot: (self._common(slot, request), -len(slot.tokens), -slot.used))
+        kept = self._common(slot, request)
         self._turn += 1
         slot.used = self._turn
         slot.request = request
@@ -163,11 +163,16 @@ class Schedule:
         del slot.tokens[length:]
         slot.fixed = min(slot.fixed, length)
 
-    def _common(self, slot: Slot, prompt: Sequence[int]) -> int:
-        """Return how many first tokens of the prompt the slot keeps; the last is evaluated in any case."""
-        most = min(len(prompt) - 1, slot.fixed if self._deterministic else len(slot.tokens))
+    def _common(self, slot: Slot, request: Request) -> int:
+        """Return how many first tokens of the prompt the slot keeps; the last is evaluated in any case.
+
+        Who fixes a seed wants the same answer again, so that nothing is used again that was evaluated in
+        another shape: beside others, or cut elsewhere.
+        """
+        exact, prompt = self._deterministic or request.is_repeatable, request.prompt
+        most = min(len(prompt) - 1, slot.fixed if exact else len(slot.tokens))
         common = next((i for i in range(most) if slot.tokens[i] != prompt[i]), most)
-        return common // CHUNK * CHUNK if self._deterministic else common
+        return common // self._n_batch * self._n_batch if exact else common
 
     def _learn(self, frame: Frame, took_ns: int) -> None:
         """Keep a prompt's share of an evaluation so small that running answers slow down twofold at most."""

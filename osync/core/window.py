@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 SPAN_S = 60
@@ -25,7 +26,7 @@ class Figures:
 class Window:
     """Counts of the last minute and the newest durations. `now` is any clock that never goes back."""
 
-    __slots__ = ("_counts", "_durations", "_errors", "_next", "_second", "_since", "_sums", "errors", "requests")
+    __slots__ = ("_counts", "_durations", "_errors", "_second", "_since", "_sums", "errors", "requests")
 
     def __init__(self) -> None:
         self.requests = 0
@@ -35,8 +36,7 @@ class Window:
         self._counts = [0] * SPAN_S
         self._errors = [0] * SPAN_S
         self._sums = [0.0] * SPAN_S
-        self._durations: list[float] = []
-        self._next = 0
+        self._durations: deque[float] = deque(maxlen=SAMPLES)
 
     def add(self, now: float, seconds: float, is_error: bool) -> None:
         """Count one answered request."""
@@ -50,11 +50,7 @@ class Window:
         if is_error:
             self.errors += 1
             self._errors[slot] += 1
-        if len(self._durations) < SAMPLES:
-            self._durations.append(seconds)
-        else:
-            self._durations[self._next] = seconds
-            self._next = (self._next + 1) % SAMPLES
+        self._durations.append(seconds)
 
     def figures(self, now: float) -> Figures:
         """Sum up the last minute; the quantiles are those of the newest requests, however old."""

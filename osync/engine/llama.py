@@ -33,10 +33,10 @@ def library() -> Any:
     global _library, _log_callback
     with _lock:
         if _library is None:
-            # libgomp's threads wait for each other about 500 times a token. Spinning meanwhile, as they do by
-            # default, is 10 to 100 times slower as soon as anything else wants a core; it must be said before
-            # the library is loaded.
-            os.environ.setdefault("GOMP_SPINCOUNT", "0")
+            # libgomp's threads wait for each other about 500 times a token. By default they spin for milliseconds,
+            # which is 10 to 100 times slower as soon as anything else wants a core; never to spin halves the speed
+            # of an idle host (docs/decisions.md). It must be said before the library is loaded.
+            os.environ.setdefault("GOMP_SPINCOUNT", "1000")
             try:
                 import llama_cpp.llama_cpp as api
             except ModuleNotFoundError as error:
@@ -44,7 +44,10 @@ def library() -> Any:
                     "this osync has no engine: llama.cpp is not installed (pip install 'osync[engine]')"
                 ) from error
             except (ImportError, OSError, RuntimeError) as error:
-                raise NotSupported(f"llama.cpp is installed and cannot be loaded: {error}") from error
+                raise NotSupported(
+                    f"llama.cpp is installed and cannot be loaded: {error} (to build it again: "
+                    "pip install --force-reinstall 'osync[engine]')"
+                ) from error
             _log_callback = api.llama_log_callback(_forward_log)
             api.llama_log_set(_log_callback, None)
             api.llama_backend_init()
@@ -77,6 +80,12 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0)) or 1
     return os.cpu_count() or 1
+
+
+def threads_for(wanted: int) -> int:
+    """Return how many threads to compute with; 0 asks for the default. Never more than cores: they wait for each
+    other at every node of the graph, so a thousand would bring the whole host to a stop."""
+    return max(1, min(wanted or cores(), cores()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,7 +234,7 @@ class Model:
         params.n_seq_max = settings.sequences
         # Logits are kept for so many rows only: with a large vocabulary a whole batch of them is half a GB.
         params.n_outputs_max = max(settings.sequences, min(MAX_SAMPLED, settings.n_batch))
-        params.n_threads = params.n_threads_batch = settings.threads or cores()
+        params.n_threads = params.n_threads_batch = threads_for(settings.threads)
         params.flash_attn_type = _FLASH[settings.flash_attention]
         params.type_k = params.type_v = KV_TYPES[settings.kv_type][0]
         params.kv_unified = settings.unified

@@ -179,8 +179,10 @@ class ModelStore:
             layers, config = self._manifest(directory, raw, path)
             weights = layers.get("model")
             if not weights:
-                raise ModelUnusable(f"{name.display}: its manifest names no GGUF weights")
+                raise ModelUnusable("its manifest names no GGUF weights")
             blob, total = weights[0]
+            if not blob.is_file():
+                raise ModelUnusable(f"its weights are missing: {blob.name}; pull it again")
             seen.add(blob)
             header = self._header(blob, blob.stat())
             _check_language_model(path, header)
@@ -199,7 +201,7 @@ class ModelStore:
                 licenses=tuple(decode(t) for t in texts["license"]),
             )
         except (OSError, ModelUnusable) as error:
-            faults.setdefault(name.canonical, self._report(path, error))
+            faults.setdefault(name.canonical, self._report(path, ModelUnusable(f"{name.display}: {error}")))
 
     def _manifest(
         self, directory: Path, raw: bytes, path: Path

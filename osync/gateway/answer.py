@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from time import perf_counter
+from collections.abc import Coroutine
+from time import monotonic
+from typing import Any
 
 from osync.net.exchange import Responder
 from osync.types import Headers, ResponseHead
@@ -11,16 +13,15 @@ from osync.types import Headers, ResponseHead
 class Answer:
     """A `Responder` around another one. `status` is 0 until the head is out."""
 
-    __slots__ = ("_out", "_stamp", "broke", "content_type", "first_at", "has_length", "sent", "status", "tail")
+    __slots__ = ("_headers", "_out", "_stamp", "broke", "first_at", "sent", "status", "tail")
 
     def __init__(self, out: Responder, stamp: Headers) -> None:
         self._out = out
         self._stamp = stamp
+        self._headers: Headers = ()
         self.status = 0
         self.broke = False
         """True if the answer ended with an error after its head."""
-        self.content_type = ""
-        self.has_length = False
         self.first_at = 0.0
         self.sent = 0
         self.tail = b""
@@ -31,6 +32,16 @@ class Answer:
         return self.status != 0
 
     @property
+    def content_type(self) -> str:
+        """Its Content-Type, "" where there is none."""
+        return next((value for name, value in self._headers if name.lower() == "content-type"), "")
+
+    @property
+    def has_length(self) -> bool:
+        """True if its head announced how long it is."""
+        return any(name.lower() == "content-length" for name, _ in self._headers)
+
+    @property
     def ends_line(self) -> bool:
         """True if what went out so far ends a line, or nothing did."""
         return not self.sent or self.tail.endswith(b"\n")
@@ -39,20 +50,15 @@ class Answer:
         """Add headers to the head that is to come."""
         self._stamp += headers
 
-    async def start(self, head: ResponseHead) -> None:
+    def start(self, head: ResponseHead) -> Coroutine[Any, Any, None]:
         """Send the head with this gateway's own headers."""
         self.status = head.status
-        self.first_at = perf_counter()
-        for name, value in head.headers:
-            lower = name.lower()
-            if lower == "content-type":
-                self.content_type = value
-            elif lower == "content-length":
-                self.has_length = True
-        await self._out.start(ResponseHead(head.status, head.headers + self._stamp))
+        self.first_at = monotonic()
+        self._headers = head.headers
+        return self._out.start(ResponseHead(head.status, head.headers + self._stamp))
 
-    async def write(self, data: bytes) -> None:
-        """Send body bytes."""
+    def write(self, data: bytes) -> Coroutine[Any, Any, None]:
+        """Send body bytes."""  # no coroutine of its own: this is once per token
         self.sent += len(data)
         self.tail = data
-        await self._out.write(data)
+        return self._out.write(data)

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import socket
 from itertools import count
-from time import monotonic, perf_counter
+from time import monotonic
 from urllib.parse import unquote
 
 import structlog
@@ -23,6 +23,9 @@ from osync.types import Headers, NodeId, RequestHead
 
 log = structlog.get_logger("osync.gateway")
 
+_PROBES = frozenset(("/healthz", "/readyz", "/metrics"))
+"""Routes that only look at this daemon: no traffic of its users."""
+
 
 class Gateway:
     """Answers Ollama's, OpenAI's and Anthropic's HTTP APIs from the nodes of a cluster view."""
@@ -36,13 +39,14 @@ class Gateway:
 
     async def serve(self, head: RequestHead, body: Body, responder: Responder) -> None:
         """Answer one request. Raises only where the answer must break off, or the client is gone."""
-        began = perf_counter()
+        began = monotonic()
         request_id = f"{self._prefix}{next(self._numbers):x}"
-        verdict = self._policy.judge(head)
+        fields = {name.lower(): value for name, value in reversed(head.headers)}
+        verdict = self._policy.decide(head.method, fields.get("origin", ""), fields.get("host", ""))
         stamp: Headers = (("X-Osync-Request-Id", request_id), *verdict.headers)
         answer = Answer(responder, stamp)
         path, _, query = head.target.partition("?")
-        call = Call(head, unquote(path) if "%" in path else path, query, body, answer, request_id)
+        call = Call(head, unquote(path) if "%" in path else path, query, body, answer, request_id, fields)
         route = routes.find(head.method, call.path)
         try:
             if verdict.status:
@@ -88,10 +92,11 @@ class Gateway:
     def _account(self, answer: Answer, route: str, began: float) -> None:
         if not answer.started:
             return
-        ended = perf_counter()
-        metrics = self.context.metrics
-        metrics.answered(route, answer.status, answer.first_at - began, ended - began, answer.sent)
-        self.context.traffic.add(monotonic(), ended - began, answer.status >= 500 or answer.broke)
+        now = monotonic()
+        context, status = self.context, answer.status
+        context.metrics.answered(route, status, answer.first_at - began, now - began, answer.sent)
+        if route not in _PROBES:
+            context.traffic.add(now, now - began, status >= 500 or answer.broke)
 
     def _in_flight(self) -> dict[str, int]:
         known = {state.node_id for state, _ in self.context.view.up()}

@@ -50,10 +50,12 @@ class Call:
     body: Body
     responder: Responder
     request_id: str
+    fields: dict[str, str]
+    """The first value of each header, by lower-case name."""
 
     def header(self, name: str) -> str:
         """Return the first value of a header, "" where absent. `name` in lower case."""
-        return next((v for k, v in self.head.headers if k.lower() == name), "")
+        return self.fields.get(name, "")
 
 
 Handler = Callable[[Context, Call], Awaitable[None]]

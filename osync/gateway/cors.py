@@ -21,8 +21,8 @@ _HEADERS = (
 )
 _EXPOSED = "X-Osync-Node,X-Osync-Request-Id"
 _MAX_AGE_S = "43200"
-_KNOWN_HOSTS = 256
-"""Verdicts on Host values that are kept; a client may send any number of different ones."""
+_KEPT = 256
+"""Verdicts that are kept; a client may send any number of different Origins and Hosts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,27 +51,35 @@ class Policy:
         self._wild = tuple(tuple(p.split("*", 1)) for p in patterns if "*" in p)
         self._is_loopback = is_loopback
         self._hostname = hostname.lower()
-        self._hosts: dict[str, bool] = {}
+        self._verdicts: dict[tuple[bool, str, str], Verdict] = {}
 
     def judge(self, head: RequestHead) -> Verdict:
+        """Decide on a request by its head."""
+        fields = {name.lower(): value for name, value in reversed(head.headers)}
+        return self.decide(head.method, fields.get("origin", ""), fields.get("host", ""))
+
+    def decide(self, method: str, origin: str, host: str) -> Verdict:
         """Decide on a request by its method, Origin and Host."""
-        origin = host = ""
-        for name, value in head.headers:
-            lower = name.lower()
-            if lower == "host":
-                host = value
-            elif lower == "origin":
-                origin = value
+        key = (method == "OPTIONS", origin, host)
+        verdict = self._verdicts.get(key)
+        if verdict is None:
+            verdict = self._decide(*key)
+            if len(self._verdicts) >= _KEPT:
+                self._verdicts.clear()
+            self._verdicts[key] = verdict
+        return verdict
+
+    def _decide(self, is_options: bool, origin: str, host: str) -> Verdict:
         verdict = _PASS
         if origin and origin.lower() not in (f"http://{host.lower()}", f"https://{host.lower()}"):
             if not self.allows(origin):
                 return _FORBIDDEN
-            if head.method == "OPTIONS":
+            if is_options:
                 return Verdict(204, self._preflight(origin))
             verdict = Verdict(0, self._allow(origin))
-        if self._is_loopback and host and not self._is_own_host(host):
+        if self._is_loopback and host and not (_is_private(host) or _is_local_name(host, self._hostname)):
             return _FORBIDDEN
-        if head.method == "OPTIONS" and verdict is _PASS:
+        if is_options and verdict is _PASS:
             return _LOCAL_OPTIONS if self._is_loopback and _is_local_name(host, self._hostname) else _NOT_ALLOWED
         return verdict
 
@@ -105,14 +113,6 @@ class Policy:
             return allowed
         vary = ("Origin", "Access-Control-Request-Method", "Access-Control-Request-Headers")
         return allowed + tuple(("Vary", name) for name in vary)
-
-    def _is_own_host(self, host: str) -> bool:
-        known = self._hosts.get(host)
-        if known is None:
-            if len(self._hosts) >= _KNOWN_HOSTS:
-                self._hosts.clear()
-            known = self._hosts[host] = _is_private(host) or _is_local_name(host, self._hostname)
-        return known
 
 
 def _bare(host: str) -> str:

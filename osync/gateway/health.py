@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from osync.cluster.view import Peer
 from osync.gateway import relay
 from osync.gateway.context import Call, Context
 from osync.telemetry.metrics import CONTENT_TYPE
@@ -39,16 +40,25 @@ def why_not_ready(ctx: Context) -> str:
     """Return "" if a node may get requests, else the reason in words for a person."""
     if usable(ctx):
         return ""
-    reasons: list[str] = []
-    for peer in ctx.view.peers:
-        state = peer.state
-        if state is None:
-            reasons.append(f"{peer.link.address} is down" + (f" ({peer.error})" if peer.error else ""))
-        elif state.draining or state.node_id in ctx.drained:
-            reasons.append(f"{state.hostname or state.node_id} is draining")
-        elif not state.backend.ok:
-            reasons.append(
-                f"{state.hostname or state.node_id}: backend {state.backend.kind} does not answer"
-                + (f" ({state.backend.error})" if state.backend.error else "")
-            )
-    return "no usable node: " + "; ".join(reasons) if reasons else ADD_A_NODE
+    reasons = [_reason(ctx, peer) for peer in ctx.view.peers]
+    return "no usable node: " + "; ".join(filter(None, reasons)) if any(reasons) else ADD_A_NODE
+
+
+def why_unusable(ctx: Context, model: str) -> str:
+    """Return why no node that has the model, by canonical name, gets requests, in words for a person."""
+    having = {candidate.node_id for candidate in ctx.replicas.of(ctx.view, ctx.drained) if model in candidate.present}
+    return "; ".join(filter(None, (_reason(ctx, peer) for state, peer in ctx.view.up() if state.node_id in having)))
+
+
+def _reason(ctx: Context, peer: Peer) -> str:
+    """Return why one node gets no requests, "" if it does."""
+    state = peer.state
+    if state is None:
+        return f"{peer.link.address} is down" + (f" ({peer.error})" if peer.error else "")
+    name = state.hostname or state.node_id
+    if state.draining or state.node_id in ctx.drained:
+        return f"{name} is draining"
+    if not state.backend.ok:
+        why = f" ({state.backend.error})" if state.backend.error else ""
+        return f"{name}: backend {state.backend.kind} does not answer{why}"
+    return ""

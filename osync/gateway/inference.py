@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from functools import lru_cache
 from time import monotonic
 
 import structlog
@@ -25,7 +26,7 @@ from osync.errors import (
 from osync.gateway import passthrough, relay
 from osync.gateway.broken import SaidSo
 from osync.gateway.context import Call, Context
-from osync.gateway.health import why_not_ready
+from osync.gateway.health import why_not_ready, why_unusable
 from osync.gateway.unload import unload
 from osync.net.exchange import Exchange
 from osync.types import NodeId, NodeState, RequestHead, ResponseHead
@@ -38,6 +39,8 @@ log = structlog.get_logger("osync.gateway")
 ATTEMPTS = 3
 OFFLOAD_BYTES = 1 << 20
 """Bodies over this are parsed in a thread: a megabyte of JSON takes milliseconds."""
+_NAME_BYTES = 512
+"""Names over this are no names; the cache of names must not keep them."""
 _MAX_ERROR = 256 << 10
 _RNG = random.Random()  # noqa: S311 (spreads load, guards nothing)
 _ELSEWHERE = frozenset((404, 500, 501, 503))
@@ -66,15 +69,25 @@ async def infer(ctx: Context, call: Call) -> None:
         request = await asyncio.to_thread(parse, call.path, body, call.header)
     else:
         request = parse(call.path, body, call.header)
-    if names.is_cloud(request.model):
+    is_cloud, model = _known(request.model) if len(request.model) <= _NAME_BYTES else _named(request.model)
+    if is_cloud:
         call.body = relay.Whole(body)
         await passthrough.designated(ctx, call)
         return
-    model = names.canonical(request.model) if request.model else ""
     pin = call.header("x-osync-node")
     if request.is_unload and not pin and await unload(ctx, call, request, model):
         return
     await _serve(ctx, call, request, model, pin)
+
+
+def _named(model: str) -> tuple[bool, str]:
+    """Return whether a name asks for the cloud, and else its form to compare by. Raises BadRequest."""
+    if names.is_cloud(model):
+        return True, ""
+    return False, names.canonical(model) if model else ""
+
+
+_known = lru_cache(maxsize=1024)(_named)
 
 
 async def _serve(ctx: Context, call: Call, request: Inference, model: str, pin: str) -> None:
@@ -84,7 +97,7 @@ async def _serve(ctx: Context, call: Call, request: Inference, model: str, pin: 
         choice = _pick(ctx, model, pin, tried)
         if isinstance(choice, Miss):
             break
-        found = ctx.view.find(choice.node_id)
+        found = ctx.replicas.find(choice.node_id)
         if found is None:
             break
         if tried:
@@ -94,10 +107,12 @@ async def _serve(ctx: Context, call: Call, request: Inference, model: str, pin: 
         ctx.in_flight[choice.node_id] += 1
         try:
             await _Attempt(ctx, call, request, *found).run(
-                lambda: len(tried) < ATTEMPTS and isinstance(_pick(ctx, model, pin, tried), Choice)
+                lambda: len(tried) < ATTEMPTS and isinstance(_pick(ctx, model, pin, tried), Choice),
+                knows_more=trouble is not None,
             )
         except OsyncError as error:
-            trouble = error
+            if trouble is None or not (isinstance(error, NotSupported) or _lacks_feature(error)):
+                trouble = error
             if call.responder.started or not (error.retryable or isinstance(error, _NOT_HERE)):
                 raise
         else:
@@ -109,7 +124,7 @@ async def _serve(ctx: Context, call: Call, request: Inference, model: str, pin: 
         await call.responder.start(head)
         await call.responder.write(trouble.body)
     else:
-        raise trouble or _refusal(ctx, call, request, _pick(ctx, model, pin, ()), pin)
+        raise trouble or _refusal(ctx, call, request, model, _pick(ctx, model, pin, ()), pin)
 
 
 def _pick(ctx: Context, model: str, pin: str, tried: list[NodeId] | tuple[()]) -> Choice | Miss:
@@ -120,7 +135,7 @@ def _pick(ctx: Context, model: str, pin: str, tried: list[NodeId] | tuple[()]) -
     return choice
 
 
-def _refusal(ctx: Context, call: Call, request: Inference, missed: Choice | Miss, pin: str) -> OsyncError:
+def _refusal(ctx: Context, call: Call, request: Inference, model: str, missed: Choice | Miss, pin: str) -> OsyncError:
     why = missed.why if isinstance(missed, Miss) else "no_nodes"
     if why == "no_such_node":
         return NoNodes(f"node {pin!r}, which X-Osync-Node asks for, is not up")
@@ -129,12 +144,14 @@ def _refusal(ctx: Context, call: Call, request: Inference, missed: Choice | Miss
             return ModelNotFound(f'model "{request.model}" not found, try pulling it first')
         return ModelNotFound(f"model '{request.model}' not found")
     if why == "unusable":
-        return NoNodes(f"no node that has model '{request.model}' takes requests now: {why_not_ready(ctx)}")
+        return NoNodes(f"no node that has model '{request.model}' takes requests now: {why_unusable(ctx, model)}")
     return NoNodes(why_not_ready(ctx) or "the node went down")
 
 
 class _Attempt:
     """One request on one node."""
+
+    __slots__ = ("_call", "_ctx", "_peer", "_request", "_state")
 
     def __init__(self, ctx: Context, call: Call, request: Inference, state: NodeState, peer: Peer) -> None:
         self._ctx = ctx
@@ -143,16 +160,23 @@ class _Attempt:
         self._state = state
         self._peer = peer
 
-    async def run(self, has_spare: Callable[[], bool]) -> None:
-        """Relay the node's answer. Raises a retryable error only while nothing was sent."""
+    async def run(self, has_spare: Callable[[], bool], knows_more: bool) -> None:
+        """Relay the node's answer. Raises a retryable error only while nothing was sent.
+
+        `knows_more`: another node answered already, and that this one lacks a feature would tell less.
+        """
         began = monotonic()
-        translated = self._translated()
+        translated = self._translated() if self._state.backend.kind == "engine" else None
         is_error = True
         try:
             exchange = self._peer.link.open(*self._request_for(translated))
             try:
                 head = await exchange.head()
-                if head.status in _ELSEWHERE and _is_json(head) and has_spare():
+                if (
+                    head.status in _ELSEWHERE
+                    and _is_json(head)
+                    and (has_spare() or (knows_more and head.status == 501))
+                ):
                     raise Refused(self._state, head, await relay.collect(exchange, _MAX_ERROR))
                 is_error = head.status >= 500
                 if translated is None:
@@ -164,14 +188,14 @@ class _Attempt:
         except (asyncio.CancelledError, ConnectionError):
             raise  # the client left: nobody's failure
         except OsyncError as error:
-            self._account(began, True)
+            self._account(began, not isinstance(error, Refused) or error.head.status >= 500)
             raise self._named(error) from error
         self._account(began, is_error)
 
     def _translated(self) -> Translated | None:
-        """Return the native form of the request where the backend speaks only that."""
+        """Return the native form of the request, which is all that an engine speaks."""
         path = self._call.path
-        if self._state.backend.kind != "engine" or not path.startswith("/v1/"):
+        if not path.startswith("/v1/"):
             return None
         translated = translate(path, self._request.plain, self._call.request_id)
         if translated is None:
@@ -188,24 +212,21 @@ class _Attempt:
 
     async def _relay(self, exchange: Exchange, head: ResponseHead) -> None:
         """Pass on the answer byte for byte; its head waits for the first bytes, when a retry ends."""
-        data = await self._first(exchange)
+        try:
+            data = await exchange.read()
+        except StreamBroken as error:
+            raise UpstreamUnavailable(str(error)) from error
         responder = self._call.responder
         await responder.start(relay.downstream_head(head, self._state.node_id))
         while data:
             await responder.write(data)
             data = await exchange.read()
 
-    async def _first(self, exchange: Exchange) -> bytes:
-        try:
-            return await exchange.read()
-        except StreamBroken as error:
-            raise UpstreamUnavailable(str(error)) from error
-
     async def _translate(self, exchange: Exchange, head: ResponseHead, translated: Translated) -> None:
         answer, responder = translated.answer, self._call.responder
         outer = relay.downstream_head(answer.head(head), self._state.node_id)
         try:
-            data = await self._first(exchange)
+            data = await exchange.read()
             while data:
                 if out := answer.feed(data):
                     if not responder.started:
@@ -240,6 +261,10 @@ class _Attempt:
             window = self._ctx.node_traffic[self._state.node_id] = Window()
         now = monotonic()
         window.add(now, now - began, is_error)
+
+
+def _lacks_feature(error: OsyncError) -> bool:
+    return isinstance(error, Refused) and error.head.status == 501
 
 
 def _is_json(head: ResponseHead) -> bool:

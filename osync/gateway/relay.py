@@ -50,10 +50,13 @@ class Whole:
 def upstream_head(call: Call, target: str = "", drop: frozenset[str] = frozenset()) -> RequestHead:
     """Return the head that a node gets: hop-by-hop headers, Host and Origin are gone."""
     head = call.head
-    headers = tuple(
-        pair for pair in head.headers if (name := pair[0].lower()) not in _NOT_UPSTREAM and name not in drop
-    )
-    return RequestHead(head.method, target or head.target, headers)
+    dropped = _NOT_UPSTREAM | drop if drop else _NOT_UPSTREAM
+    headers = [pair for pair in head.headers if pair[0].lower() not in dropped]
+    for name, value in head.headers:
+        if len(name) == 10 and len(value) > 10 and name.lower() == "connection":  # more than keep-alive or close
+            named = {word.strip() for word in value.lower().split(",")}
+            headers = [pair for pair in headers if pair[0].lower() not in named]
+    return RequestHead(head.method, target or head.target, tuple(headers))
 
 
 def downstream_head(head: ResponseHead, node_id: str, extra: Headers = ()) -> ResponseHead:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from time import monotonic
 from typing import Any
-
-import orjson
 
 from osync.cluster.view import Peer
 from osync.core.window import Figures, Window
 from osync.errors import OsyncError
 from osync.gateway import relay
 from osync.gateway.context import Call, Context
-from osync.types import ModelInfo, NodeState, RequestHead
+from osync.gateway.fetch import fetch
+from osync.types import BackendState, HostLoad, ModelInfo, NodeId, NodeState, RequestHead
 from osync.version import __version__
 from osync.wire import names
 
 REPORT_INTERVAL_S = 1.0
 """Nodes push their state at least this often (design section 2); silence of three is a failure."""
-_CLOUD_TIMEOUT_S = 2.0
+_CLOUD_TIMEOUT_S = 0.25
+_CLOUD_NODES = 2
+"""Ollamas that are asked, one after the other where one does not answer."""
 _NO_CLOUD = {"disabled": True, "source": "none"}
+_NEVER_SEEN = NodeState(NodeId(""), BackendState("ollama"), load=HostLoad(cpu_count=0))
 
 
 async def status(ctx: Context, call: Call) -> None:
@@ -53,37 +55,33 @@ def report(ctx: Context, now: float) -> dict[str, Any]:
 
 
 def _node(ctx: Context, peer: Peer, now: float) -> dict[str, Any]:
-    state = peer.state
+    online = peer.state is not None
+    # A node that is down is shown as it last was, but for what ended with it.
+    state = peer.state or peer.last or _NEVER_SEEN
+    backend, load = state.backend if online else _ended(state.backend), state.load
     host, _, port = peer.link.address.rpartition(":")
-    common: dict[str, Any] = {
-        "address": peer.link.address,
-        "online": state is not None,
-        "last_heartbeat": _rfc3339(peer.last_seen),
-        "health": {
-            "interval_s": REPORT_INTERVAL_S,
-            "consecutive_failures": peer.failures,
-            "age_s": round(now - peer.last_seen, 3) if peer.last_seen else None,
-            "error": peer.error,
-        },
-    }
-    if state is None:
-        return {
-            "node_id": "", "hostname": "", "host": host or peer.link.address,
-            "port": int(port) if port.isdigit() else 0, "roles": [], "draining": False, "usable": False, **common,
-        }  # fmt: skip
-    backend, load = state.backend, state.load
+    # The node in this process needs no heartbeat: what it says is always of now.
+    seen = peer.last_seen or (now if online else 0.0)
     window = ctx.node_traffic.get(state.node_id) or Window()
     return {
         "node_id": state.node_id,
         "hostname": state.hostname,
-        "host": host or state.hostname,
+        "host": host or state.hostname or peer.link.address,
         "port": state.grpc_port or (int(port) if port.isdigit() else 0),
+        "address": peer.link.address,
+        "online": online,
         "version": state.version,
         "roles": list(state.roles),
         "draining": state.draining or state.node_id in ctx.drained,
         "usable": peer.usable and state.node_id not in ctx.drained,
         "started_at": _rfc3339(state.started_at),
-        **common,
+        "last_heartbeat": _rfc3339(seen),
+        "health": {
+            "interval_s": REPORT_INTERVAL_S,
+            "consecutive_failures": peer.failures,
+            "age_s": round(now - seen, 3) if seen else None,
+            "error": peer.error,
+        },
         "load": {
             "in_flight": ctx.in_flight[state.node_id],
             "active": backend.active,
@@ -93,7 +91,10 @@ def _node(ctx: Context, peer: Peer, now: float) -> dict[str, Any]:
         "active_sessions": max(backend.active, ctx.in_flight[state.node_id]),
         "requests": {"total": window.requests, "errors": window.errors, **_figures(window.figures(monotonic()))},
         "backend": {
-            "kind": backend.kind, "ok": backend.ok, "error": backend.error, "version": backend.version,
+            "kind": backend.kind if state is not _NEVER_SEEN else "",
+            "ok": backend.ok,
+            "error": backend.error,
+            "version": backend.version,
         },
         "loaded_models": [
             {"name": m.name, "digest": m.digest, "size": m.size, "size_vram": m.size_vram,
@@ -107,6 +108,11 @@ def _node(ctx: Context, peer: Peer, now: float) -> dict[str, Any]:
             {"name": g.name, "memory_total": g.memory_total, "memory_free": g.memory_free} for g in load.gpus
         ],
     }  # fmt: skip
+
+
+def _ended(backend: BackendState) -> BackendState:
+    """Return what a node that is down leaves of its backend: the files."""
+    return replace(backend, ok=False, error="", loaded=(), active=0, queued=0)
 
 
 def _models(ctx: Context) -> list[dict[str, Any]]:
@@ -160,18 +166,15 @@ def _rfc3339(unix: float) -> str:
 
 async def _cloud(ctx: Context) -> Any:
     """Return what an Ollama among the nodes says of its cloud; an engine has none."""
-    ollamas = ((s, p) for s, p in ctx.view.usable() if s.backend.kind == "ollama")
-    found: tuple[NodeState, Peer] | None = next(ollamas, None)
-    if found is None:
-        return _NO_CLOUD
-    try:
-        async with asyncio.timeout(_CLOUD_TIMEOUT_S):
-            exchange = found[1].link.open(RequestHead("GET", "/api/status"), b"")
-            try:
-                head = await exchange.head()
-                answer = orjson.loads(await relay.collect(exchange, 64 << 10)) if head.status == 200 else {}
-            finally:
-                exchange.close()
-    except (OsyncError, TimeoutError, orjson.JSONDecodeError):
-        return _NO_CLOUD
-    return answer.get("cloud", _NO_CLOUD) if isinstance(answer, dict) else _NO_CLOUD
+    ollamas = [(state, peer) for state, peer in ctx.view.usable() if state.backend.kind == "ollama"]
+    for _, peer in ollamas[:_CLOUD_NODES]:
+        try:
+            answer = await fetch(
+                peer, RequestHead("GET", "/api/status"), b"", timeout_s=_CLOUD_TIMEOUT_S, limit=64 << 10
+            )
+            said = answer.json() if answer.status == 200 else {}
+        except OsyncError:
+            continue  # it may have stopped a moment ago: the status must not wait for it
+        if isinstance(said, dict) and "cloud" in said:
+            return said["cloud"]
+    return _NO_CLOUD

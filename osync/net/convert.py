@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Final, Protocol, cast
+from itertools import chain
+from typing import Any, Final, cast
 
 from osync import errors
 from osync.errors import CapacityError, OsyncError, UpstreamUnavailable, WireError
@@ -35,69 +36,60 @@ _MODEL: Final = (
 _LOADED: Final = ("name", "digest", "size", "size_vram", "expires_at", "context_length", "active")
 
 
-class _Headers(Protocol):
-    def add(self, *, name: bytes, value: bytes) -> object: ...
+def join_headers(headers: Headers) -> bytes:
+    """Return headers as the bytes that they came as. Raises WireError if one holds a line feed."""
+    if not headers:
+        return b""
+    text = "\n".join(chain.from_iterable(headers))
+    if text.count("\n") != 2 * len(headers) - 1:
+        raise WireError("a header holds a line feed")
+    return text.encode("utf-8", "surrogateescape")
 
 
-def fill_headers(target: _Headers, headers: Headers) -> None:
-    """Append headers to a repeated field; text that stands for raw bytes becomes those bytes again."""
-    for name, value in headers:
-        target.add(name=name.encode("utf-8", "surrogateescape"), value=value.encode("utf-8", "surrogateescape"))
+def split_headers(data: bytes) -> Headers:
+    """Return headers as text; bytes that are no UTF-8 survive as surrogates. Raises WireError if one lacks a value."""
+    if not data:
+        return ()
+    parts = data.decode("utf-8", "surrogateescape").split("\n")
+    if len(parts) % 2:
+        raise WireError("a header has no value")
+    names = iter(parts)
+    return tuple(zip(names, names, strict=True))
 
 
-def headers_from(source: Iterable[pb.Header]) -> Headers:
-    """Return headers as text; bytes that are no UTF-8 survive as surrogates."""
-    return tuple(
-        (h.name.decode("utf-8", "surrogateescape"), h.value.decode("utf-8", "surrogateescape")) for h in source
-    )
+def request_head(source: pb.Frame) -> RequestHead:
+    """Read a request's head. Raises WireError."""
+    return RequestHead(source.method, source.target.decode("utf-8", "surrogateescape"), split_headers(source.headers))
 
 
-def fill_open(target: pb.Open, head: RequestHead, body: bytes, more: bool) -> None:
-    """Write a request's head, and its body where it is known."""
-    target.method = head.method
-    target.target = head.target.encode("utf-8", "surrogateescape")
-    fill_headers(target.headers, head.headers)
-    target.body = body
-    target.more = more
+def response_head(source: pb.Frame) -> ResponseHead:
+    """Read an answer's head. Raises WireError, also if the status is none of HTTP's."""
+    status = source.status
+    if not 100 <= status <= 599:
+        raise WireError(f"status {status} does not exist")
+    return ResponseHead(status, split_headers(source.headers))
 
 
-def request_head(source: pb.Open) -> RequestHead:
-    """Read a request's head."""
-    target = source.target.decode("utf-8", "surrogateescape")
-    return RequestHead(source.method, target, headers_from(source.headers))
-
-
-def fill_head(target: pb.Head, head: ResponseHead) -> None:
-    """Write an answer's head."""
-    target.status = head.status
-    fill_headers(target.headers, head.headers)
-
-
-def response_head(source: pb.Head) -> ResponseHead:
-    """Read an answer's head. Raises WireError if the status is none of HTTP's."""
-    if not 100 <= source.status <= 599:
-        raise WireError(f"status {source.status} does not exist")
-    return ResponseHead(source.status, headers_from(source.headers))
-
-
-def fill_end(target: pb.End, error: OsyncError | None) -> None:
+def fill_end(target: pb.Frame, error: OsyncError | None) -> None:
     """Write how a direction ended."""
-    target.SetInParent()
+    target.end = True
     if error is not None:
-        target.error = str(error) or "unknown error"
-        target.error_kind = type(error).__name__
+        failure = target.failure
+        failure.error = str(error) or "unknown error"
+        failure.error_kind = type(error).__name__
         if isinstance(error, CapacityError):
-            target.retry_after_s = error.retry_after_s
+            failure.retry_after_s = error.retry_after_s
 
 
-def error_from(source: pb.End) -> OsyncError | None:
+def error_from(source: pb.Frame) -> OsyncError | None:
     """Read how a direction ended; a kind that this version does not know is UpstreamUnavailable."""
-    if not source.error and not source.error_kind:
+    if not source.HasField("failure"):
         return None
-    kind = _KINDS.get(source.error_kind, UpstreamUnavailable)
+    failure = source.failure
+    kind = _KINDS.get(failure.error_kind, UpstreamUnavailable)
     if issubclass(kind, CapacityError):
-        return kind(source.error, source.retry_after_s or 1.0)
-    return kind(source.error)
+        return kind(failure.error, failure.retry_after_s or 1.0)
+    return kind(failure.error)
 
 
 def _pick(source: object, names: tuple[str, ...]) -> dict[str, Any]:

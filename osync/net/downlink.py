@@ -170,13 +170,15 @@ class _ProxyLink:
         while not outbox.done:
             await outbox.wait()
             message = pb.LinkDown()
-            if self._state_due:
+            due = self._state_due
+            if due:
                 fill_state(message.state, self._state())
                 self._state_due = self._soon = False
                 self._sent_at = self._loop.time()
                 self._arm(STATE_EVERY_S)
-            outbox.fill(message.frames)
-            if message.frames or message.HasField("state"):
+            frames = message.frames
+            outbox.fill(frames)
+            if frames or due:
                 try:
                     await self._context.write(message)
                 except (grpc.aio.BaseError, asyncio.InvalidStateError):

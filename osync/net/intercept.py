@@ -6,7 +6,7 @@ import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 import structlog
@@ -93,6 +93,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 raise
             except Exception as error:
                 await _abort(context, method, error)
+                return None
 
         return call
 
@@ -109,17 +110,31 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     async def _abort_ending(self, context: Any) -> None:
         # A handler that is merely cancelled sends no status, and its call stays open until the grace is over.
         if asyncio.current_task() in self._ending:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
+            await _send_status(context, grpc.StatusCode.UNAVAILABLE, "the server is stopping")
 
 
-async def _abort(context: Any, method: str, error: Exception) -> NoReturn:
+async def _abort(context: Any, method: str, error: Exception) -> None:
+    """End a call that failed; returns where its client has gone meanwhile: then the library needs no more."""
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if isinstance(error, OsyncError):
         if isinstance(error, CapacityError):
             pushback = str(int(error.retry_after_s * 1000))
             context.set_trailing_metadata((("grpc-retry-pushback-ms", pushback),))
-        await context.abort(grpc.StatusCode[error.grpc_code], str(error))
-    log.error("rpc_failed", method=method, exc_info=error)
-    await context.abort(grpc.StatusCode.INTERNAL, "internal error")
-    raise AssertionError("abort raises")
+        await _send_status(context, grpc.StatusCode[error.grpc_code], str(error))
+        return
+    if context.done() and isinstance(error, grpc.aio.BaseError):
+        return  # the handler's own abort found nobody there
+    if isinstance(error, grpc.aio.InternalError):  # a write that failed: as a rule its client has gone
+        log.info("rpc_broke", method=method, error=str(error))
+    else:
+        log.error("rpc_failed", method=method, exc_info=error)
+    await _send_status(context, grpc.StatusCode.INTERNAL, "internal error")
+
+
+async def _send_status(context: Any, code: grpc.StatusCode, text: str) -> None:
+    """Abort the call. Raises AbortError, which the library expects; returns where nobody is there to hear it."""
+    try:
+        await context.abort(code, text)
+    except (grpc.aio.InternalError, grpc.aio.UsageError) as error:
+        log.debug("status_unsent", code=code.name, error=str(error))

@@ -7,12 +7,10 @@ meanwhile the next gathers: so messages grow with the load, and a single token s
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Callable
 from typing import Final, Protocol
 
 from osync.errors import OsyncError
-from osync.net.convert import fill_end, fill_head, fill_open
+from osync.net.convert import fill_end, join_headers
 from osync.net.credit import SendCredit
 from osync.pb import node_pb2 as pb
 from osync.types import RequestHead, ResponseHead
@@ -26,7 +24,7 @@ MESSAGE_BYTES: Final = 1 << 20
 class Frames(Protocol):
     """The repeated field of the message under construction; adding in place saves a copy per frame."""
 
-    def add(self, *, exchange: int = ..., data: bytes = ..., credit: int = ...) -> pb.Frame:
+    def add(self, *, exchange: int = ..., credit: int = ..., cancel: bool = ...) -> pb.Frame:
         """Append a frame."""
         ...
 
@@ -35,7 +33,7 @@ class Outgoing:
     """One direction of one exchange, on its sending side."""
 
     __slots__ = (
-        "_box", "_chunks", "_closed", "_credit", "_end", "_error", "_first", "_offset", "_size", "_waiter",
+        "_box", "_chunks", "_closed", "_credit", "_end", "_error", "_head", "_headers", "_offset", "_size", "_waiter",
         "exchange", "opened",
     )  # fmt: skip
 
@@ -44,8 +42,9 @@ class Outgoing:
         self.opened = False
         """True once its first frame is on its way."""
         self._box = box
-        self._first: Callable[[pb.Frame], None] | None = None
-        self._chunks: deque[bytes] = deque()
+        self._head: RequestHead | ResponseHead | None = None
+        self._headers = b""
+        self._chunks: list[bytes] = []
         self._offset = 0
         self._size = 0
         self._credit = SendCredit()
@@ -55,33 +54,28 @@ class Outgoing:
         self._waiter: asyncio.Future[None] | None = None
 
     def open(self, head: RequestHead, body: bytes | None) -> None:
-        """Send a request's head, with its body where it is known; a large one follows as credit allows."""
-        small = body if body is not None and len(body) <= FRAME_BYTES else b""
-        more = body is None or len(body) > FRAME_BYTES
-
-        def fill(frame: pb.Frame) -> None:
-            fill_open(frame.open, head, small, more)
-
-        self._first = fill
-        if body is not None and more:
-            self._add(body)
+        """Send a request's head, and its body where it is known. Raises WireError if the head cannot be sent."""
+        self.head(head)
+        if body is not None:
+            if body:
+                self._chunks.append(body)
+                self._size = len(body)
             self._end = True
-        self._box.ready(self)
 
-    def head(self, head: ResponseHead) -> None:
-        """Send an answer's head."""
-
-        def fill(frame: pb.Frame) -> None:
-            fill_head(frame.head, head)
-
-        self._first = fill
+    def head(self, head: RequestHead | ResponseHead) -> None:
+        """Send a head. Dropped once closed. Raises WireError if it cannot be sent."""
+        if self._closed:
+            return
+        self._headers = join_headers(head.headers)
+        self._head = head
         self._box.ready(self)
 
     async def write(self, data: bytes) -> None:
         """Send body bytes; waits while more is on hand than there is credit for. Dropped once closed."""
         if self._closed or not data:
             return
-        self._add(data)
+        self._chunks.append(data)
+        self._size += len(data)
         self._box.ready(self)
         while self._size > self._credit.left and not self._closed:
             self._waiter = asyncio.get_running_loop().create_future()
@@ -104,6 +98,8 @@ class Outgoing:
 
     def close(self) -> None:
         """Drop what waits; nothing more is sent, and no writer waits any more."""
+        if self._closed:
+            return  # all is sent
         self._closed = True
         self._chunks.clear()
         self._size = 0
@@ -111,26 +107,36 @@ class Outgoing:
         self._wake()
 
     def fill(self, frames: Frames) -> int:
-        """Add the frames that may go now, FRAME_BYTES at most; return the bytes of body among them."""
+        """Add a frame of what may go now, FRAME_BYTES at most; return the bytes of body in it."""
         self.opened = True
-        if self._first is not None:
-            fill, self._first = self._first, None
-            fill(frames.add(exchange=self.exchange))
         size = self._credit.take(min(self._size, FRAME_BYTES)) if self._size else 0
+        ends = self._end and (self._size == size or (self._error is not None and not self._credit.left))
+        head = self._head
+        if head is None and not size and not ends:
+            return 0  # no credit
+        frame = frames.add()
+        frame.exchange = self.exchange
+        if head is not None:
+            self._head = None
+            if isinstance(head, RequestHead):
+                frame.method = head.method
+                frame.target = head.target.encode("utf-8", "surrogateescape")
+            else:
+                frame.status = head.status
+            frame.headers = self._headers
         if size:
-            frames.add(exchange=self.exchange, data=self._take(size))
-        if self._end and (not self._size or (self._error is not None and not self._credit.left)):
-            fill_end(frames.add(exchange=self.exchange).end, self._error)
-            self._chunks.clear()
-            self._size = 0
+            frame.data = self._take(size)
+        if ends:
             self._closed = True
+            if self._error is None:
+                frame.end = True
+            else:
+                fill_end(frame, self._error)
+                self._chunks.clear()
+                self._size = 0
         elif self._size and self._credit.left:
             self._box.ready(self)
         return size
-
-    def _add(self, data: bytes) -> None:
-        self._chunks.append(data)
-        self._size += len(data)
 
     def _take(self, size: int) -> bytes:
         self._size -= size
@@ -140,14 +146,17 @@ class Outgoing:
             chunks.clear()
             return data
         parts: list[memoryview] = []
+        used = 0
         while size:
-            part = memoryview(chunks[0])[self._offset : self._offset + size]
+            chunk = chunks[used]
+            part = memoryview(chunk)[self._offset : self._offset + size]
             size -= len(part)
             self._offset += len(part)
             parts.append(part)
-            if self._offset == len(chunks[0]):
-                chunks.popleft()
+            if self._offset == len(chunk):
+                used += 1
                 self._offset = 0
+        del chunks[:used]
         return b"".join(parts)
 
     def _wake(self) -> None:
@@ -176,14 +185,11 @@ class Outbox:
         self._closed = True
         self.wake()
 
-    def outgoing(self, exchange: int) -> Outgoing:
-        """Return the sending side of an exchange."""
-        return Outgoing(self, exchange)
-
     def ready(self, outgoing: Outgoing) -> None:
         """Note that an exchange has something to send."""
         self._ready[outgoing.exchange] = outgoing
-        self.wake()
+        if not self._woken:
+            self.wake()
 
     def drop(self, outgoing: Outgoing) -> None:
         """Forget an exchange's frames that have not gone out."""
@@ -215,13 +221,17 @@ class Outbox:
 
     def fill(self, frames: Frames) -> None:
         """Move what is ready into a message; what does not fit goes first into the next one."""
-        control, self._control = self._control, []
-        for exchange, credit in control:
-            if credit:
-                frames.add(exchange=exchange, credit=credit)
-            else:
-                frames.add(exchange=exchange).cancel.SetInParent()
+        if self._control:
+            control, self._control = self._control, []
+            for exchange, credit in control:
+                if credit:
+                    frames.add(exchange=exchange, credit=credit)
+                else:
+                    frames.add(exchange=exchange, cancel=True)
         ready, self._ready = self._ready, {}
+        if len(ready) == 1:  # most often
+            next(iter(ready.values())).fill(frames)
+            return
         budget = MESSAGE_BYTES
         while ready and budget > 0:
             exchange = next(iter(ready))

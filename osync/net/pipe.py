@@ -1,9 +1,8 @@
-"""Bytes on their way from one task to another in the same loop: a deque and a future, no queue, no task."""
+"""Bytes on their way from one task to another in the same loop: a list and a future, no queue, no task."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
 
 from osync.net.exchange import WINDOW_BYTES
@@ -16,7 +15,7 @@ class Pipe:
 
     def __init__(self, on_read: Callable[[int], None] | None = None) -> None:
         self.unread = 0
-        self._chunks: deque[bytes] = deque()
+        self._chunks: list[bytes] = []
         self._on_read = on_read
         self._reader: asyncio.Future[None] | None = None
         self._writer: asyncio.Future[None] | None = None
@@ -52,6 +51,7 @@ class Pipe:
         if not self._ended:
             self._ended = True
             self._error = error
+            self._on_read = None  # nothing more comes, so nothing to grant; and no cycle is left to collect
             self._wake_reader()
 
     def discard(self, error: Exception | None = None) -> None:
@@ -72,10 +72,10 @@ class Pipe:
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
         if len(self._chunks) == 1:
-            data = self._chunks.popleft()
+            data = self._chunks[0]
         else:
             data = b"".join(self._chunks)
-            self._chunks.clear()
+        self._chunks.clear()
         self.unread = 0
         self._wake_writer()
         if self._on_read is not None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from osync.errors import OsyncError, StreamBroken, UpstreamUnavailable, WireError
 from osync.net.convert import error_from, response_head
 from osync.net.credit import ReceiveCredit
-from osync.net.outbox import Outbox
+from osync.net.outbox import Outbox, Outgoing
 from osync.net.pipe import Pipe
 from osync.pb import node_pb2 as pb
 from osync.types import RequestHead, ResponseHead
@@ -20,11 +20,11 @@ class RemoteExchange:
     __slots__ = ("_credit", "_ended", "_error", "_head", "_number", "_pipe", "_session", "_waiter", "outgoing")
 
     def __init__(self, session: Session, number: int) -> None:
-        self.outgoing = session.outbox.outgoing(number)
+        self.outgoing = Outgoing(session.outbox, number)
         self._session = session
         self._number = number
         self._pipe = Pipe(self._consumed)
-        self._credit = ReceiveCredit()
+        self._credit: ReceiveCredit | None = None
         self._head: ResponseHead | None = None
         self._error: OsyncError | None = None
         self._ended = False
@@ -68,19 +68,24 @@ class RemoteExchange:
         if self.outgoing.opened:
             self._session.outbox.cancel(self._number)
 
-    def arrived(self, data: bytes) -> None:
-        """Take body bytes from the node. Raises OsyncError where the node breaks the protocol."""
-        if self._head is None:
-            raise WireError("an answer's body came before its head")
-        self._credit.arrived(len(data))
-        self._pipe.feed(data)
-
-    def begin(self, head: ResponseHead) -> None:
-        """Take the answer's head from the node. Raises WireError at a second one."""
-        if self._head is not None:
-            raise WireError("an answer came with two heads")
-        self._head = head
-        self._wake()
+    def receive(self, frame: pb.Frame) -> None:
+        """Take a frame from the node. Raises OsyncError where the node breaks the protocol."""
+        if frame.status:
+            if self._head is not None:
+                raise WireError("an answer came with two heads")
+            self._head = response_head(frame)
+            self._wake()
+        if data := frame.data:
+            if self._head is None:
+                raise WireError("an answer's body came before its head")
+            if self._credit is None:
+                self._credit = ReceiveCredit()
+            self._credit.arrived(len(data))
+            self._pipe.feed(data)
+        if frame.end:
+            self.end(error_from(frame))
+        elif credit := frame.credit:
+            self.outgoing.grant(credit)
 
     def end(self, error: OsyncError | None) -> None:
         """Take the end of the answer, clean or not; nothing is sent from here on."""
@@ -103,8 +108,9 @@ class RemoteExchange:
         self.end(UpstreamUnavailable(text) if self._head is None else StreamBroken(text))
 
     def _consumed(self, size: int) -> None:
-        grant = self._credit.consumed(size)
-        if grant and not self._ended:
+        if self._ended or self._credit is None:
+            return
+        if grant := self._credit.consumed(size):
             self._session.outbox.grant(self._number, grant)
 
     def _wake(self) -> None:
@@ -126,10 +132,11 @@ class Session:
         return len(self._exchanges)
 
     def open(self, head: RequestHead, body: bytes | None) -> RemoteExchange:
-        """Start an exchange under a number of its own."""
+        """Start an exchange under a number of its own. Raises WireError if the head cannot be sent."""
         self._last += 1
-        exchange = self._exchanges[self._last] = RemoteExchange(self, self._last)
+        exchange = RemoteExchange(self, self._last)
         exchange.outgoing.open(head, body)
+        self._exchanges[self._last] = exchange
         return exchange
 
     def forget(self, number: int) -> None:
@@ -144,10 +151,7 @@ class Session:
             if exchange is None:
                 continue
             try:
-                if data := frame.data:
-                    exchange.arrived(data)
-                else:
-                    self._control(exchange, frame)
+                exchange.receive(frame)
             except OsyncError as error:
                 exchange.break_off(str(error))
 
@@ -155,12 +159,3 @@ class Session:
         """End all exchanges, at once."""
         for exchange in list(self._exchanges.values()):
             exchange.broke(reason)
-
-    def _control(self, exchange: RemoteExchange, frame: pb.Frame) -> None:
-        kind = frame.WhichOneof("kind")
-        if kind == "head":
-            exchange.begin(response_head(frame.head))
-        elif kind == "end":
-            exchange.end(error_from(frame.end))
-        elif kind == "credit":
-            exchange.outgoing.grant(frame.credit)

@@ -11,7 +11,7 @@ from osync.net.body import BytesBody, PipeBody
 from osync.net.convert import request_head
 from osync.net.credit import ReceiveCredit
 from osync.net.exchange import Body, Serve
-from osync.net.outbox import Outbox
+from osync.net.outbox import Outbox, Outgoing
 from osync.net.pipe import Pipe
 from osync.net.serving import answer
 from osync.net.tasks import Tasks
@@ -27,17 +27,18 @@ class ServedExchange:
 
     __slots__ = ("_credit", "_incoming", "_number", "_outbox", "_started", "body", "outgoing", "task")
 
-    def __init__(self, outbox: Outbox, number: int, opened: pb.Open) -> None:
-        self.outgoing = outbox.outgoing(number)
+    def __init__(self, outbox: Outbox, number: int, opened: pb.Frame) -> None:
+        self.outgoing = Outgoing(outbox, number)
         self.task: asyncio.Task[None] | None = None
-        self._incoming = Pipe(self._consumed) if opened.more else None
+        self._incoming: Pipe | None = None
+        self._credit: ReceiveCredit | None = None
         self.body: Body
-        if self._incoming is None:
-            self.body = BytesBody(opened.body)
+        if opened.end:
+            self.body = BytesBody(opened.data)
         else:
-            self._incoming.feed(opened.body)
+            self._credit = ReceiveCredit()
+            self._incoming = Pipe(self._consumed)
             self.body = PipeBody(self._incoming)
-        self._credit = ReceiveCredit()
         self._number = number
         self._outbox = outbox
         self._started = False
@@ -51,8 +52,8 @@ class ServedExchange:
         """Send the head; once, before any write."""
         if self._started:
             raise RuntimeError("an answer has one head")
-        self._started = True
         self.outgoing.head(head)
+        self._started = True
 
     async def write(self, data: bytes) -> None:
         """Send body bytes; waits while the reader holds a window unread."""
@@ -62,7 +63,7 @@ class ServedExchange:
 
     def arrived(self, data: bytes) -> None:
         """Take body bytes from the proxy. Raises OsyncError where it breaks the protocol."""
-        if self._incoming is None:
+        if self._incoming is None or self._credit is None:
             raise WireError("a body came after the whole body")
         self._credit.arrived(len(data))
         self._incoming.feed(data)
@@ -79,7 +80,7 @@ class ServedExchange:
             self.task.cancel()
 
     def _consumed(self, size: int) -> None:
-        if grant := self._credit.consumed(size):
+        if self._credit is not None and (grant := self._credit.consumed(size)):
             self._outbox.grant(self._number, grant)
 
 
@@ -99,22 +100,24 @@ class ServingSession:
 
     def receive(self, frames: Iterable[pb.Frame]) -> None:
         """Handle each frame. Raises WireError where exchanges are misnumbered: then nothing is certain."""
+        exchanges = self._exchanges
         for frame in frames:
-            kind = frame.WhichOneof("kind")
-            if kind == "open":
-                self._open(frame.exchange, frame.open)
+            if frame.method:
+                self._open(frame)
                 continue
-            exchange = self._exchanges.get(frame.exchange)
+            number = frame.exchange
+            exchange = exchanges.get(number)
             if exchange is None:
                 continue
-            if kind == "credit":
-                exchange.outgoing.grant(frame.credit)
-            elif kind == "cancel":
-                self._forget(frame.exchange).cancel()
-            elif kind == "end":
-                exchange.complete(frame.end.error)
-            elif kind == "data":
-                self._data(frame.exchange, exchange, frame.data)
+            if frame.cancel:
+                self._forget(number).cancel()
+                continue
+            if credit := frame.credit:
+                exchange.outgoing.grant(credit)
+            if data := frame.data:
+                self._data(number, exchange, data)
+            if frame.end:
+                exchange.complete(frame.failure.error)
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests, and wait that long for those that run."""
@@ -128,7 +131,8 @@ class ServingSession:
             exchange.cancel()
         await self._tasks.close()
 
-    def _open(self, number: int, opened: pb.Open) -> None:
+    def _open(self, opened: pb.Frame) -> None:
+        number = opened.exchange
         if number <= self._last:
             raise WireError(f"exchange {number} was opened after {self._last}")
         self._last = number
@@ -139,8 +143,11 @@ class ServingSession:
         if len(self._tasks) >= MAX_EXCHANGES:
             exchange.outgoing.finish(CapacityError(f"{MAX_EXCHANGES} requests are open on this link"))
             return
+        head = request_head(opened)
         self._exchanges[number] = exchange
-        exchange.task = self._tasks.spawn("serve", self._answer(number, exchange, request_head(opened)))
+        exchange.task = self._tasks.spawn("serve", self._answer(number, exchange, head))
+        if not opened.end and (data := opened.data):
+            self._data(number, exchange, data)
 
     async def _answer(self, number: int, exchange: ServedExchange, head: RequestHead) -> None:
         error = await answer(self._serve, head, exchange.body, exchange)

@@ -68,7 +68,8 @@ class RemoteLink:
         self._tasks.spawn("keep", self._keep())
 
     async def close(self) -> None:
-        """Break all exchanges and disconnect."""
+        """Break all exchanges and disconnect. Listeners hear nothing of it: it is no failure."""
+        self._listeners.clear()
         await self._tasks.close()
 
     def open(self, head: RequestHead, body: bytes | None) -> RemoteExchange:
@@ -135,8 +136,9 @@ class RemoteLink:
             while True:
                 await session.outbox.wait()
                 message = pb.LinkUp()
-                session.outbox.fill(message.frames)
-                if message.frames:
+                frames = message.frames
+                session.outbox.fill(frames)
+                if frames:
                     await call.write(message)
         except (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError):
             return  # the stream has ended; the reader says why

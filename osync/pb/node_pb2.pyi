@@ -103,153 +103,77 @@ Global___Hello: _TypeAlias = Hello  # noqa: Y015
 
 @_typing.final
 class Frame(_message.Message):
-    """A part of one exchange. The proxy numbers exchanges from 1, never using a number twice on a link.
-    Each side may send 1 MiB of data per exchange before it was granted any credit; what Open carries is
-    not counted.
+    """A part of one exchange: its head, a piece of its body and its end, or whichever of them is ready, in this
+    order. A small request is one frame, and so is a small answer. The fields are flat because this message is
+    built and read for every token.
+
+    The proxy numbers exchanges from 1, never using a number twice on a link. Each side may send 1 MiB of data
+    per exchange before it was granted any credit.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     EXCHANGE_FIELD_NUMBER: _builtins.int
-    OPEN_FIELD_NUMBER: _builtins.int
-    HEAD_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    HEADERS_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
     CREDIT_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
     exchange: _builtins.int
+    method: _builtins.str
+    """up, in an exchange's first frame: its HTTP method, never empty"""
+    target: _builtins.bytes
+    """with method: path and query, as the client wrote them"""
+    status: _builtins.int
+    """down, in an answer's first frame: its HTTP status"""
+    headers: _builtins.bytes
+    """with method or status: name LF value LF name LF value ...; no HTTP header holds LF"""
     data: _builtins.bytes
     """both: body bytes, counted against the credit of their direction"""
+    end: _builtins.bool
+    """both: that direction is complete, or broke"""
     credit: _builtins.int
     """both: bytes that the other side may send beyond what it was granted before"""
+    cancel: _builtins.bool
+    """up: the client is gone"""
     @_builtins.property
-    def open(self) -> Global___Open:
-        """up: a request begins"""
-
-    @_builtins.property
-    def head(self) -> Global___Head:
-        """down: its answer begins"""
-
-    @_builtins.property
-    def end(self) -> Global___End:
-        """both: that direction's body is complete, or broke"""
-
-    @_builtins.property
-    def cancel(self) -> Global___Cancel:
-        """up: the client is gone"""
+    def failure(self) -> Global___Failure:
+        """with end: why it broke"""
 
     def __init__(
         self,
         *,
         exchange: _builtins.int = ...,
-        open: Global___Open | None = ...,
-        head: Global___Head | None = ...,
+        method: _builtins.str = ...,
+        target: _builtins.bytes = ...,
+        status: _builtins.int = ...,
+        headers: _builtins.bytes = ...,
         data: _builtins.bytes = ...,
-        end: Global___End | None = ...,
+        end: _builtins.bool = ...,
+        failure: Global___Failure | None = ...,
         credit: _builtins.int = ...,
-        cancel: Global___Cancel | None = ...,
+        cancel: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "credit", b"credit", "data", b"data", "end", b"end", "head", b"head", "kind", b"kind", "open", b"open"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "credit", b"credit", "data", b"data", "end", b"end", "exchange", b"exchange", "head", b"head", "kind", b"kind", "open", b"open"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "credit", b"credit", "data", b"data", "end", b"end", "exchange", b"exchange", "failure", b"failure", "headers", b"headers", "method", b"method", "status", b"status", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["open", "head", "data", "end", "credit", "cancel"]  # noqa: Y015
-    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Frame: _TypeAlias = Frame  # noqa: Y015
 
 @_typing.final
-class Header(_message.Message):
-    """Names and values are the bytes that came over HTTP, which need not be UTF-8."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    NAME_FIELD_NUMBER: _builtins.int
-    VALUE_FIELD_NUMBER: _builtins.int
-    name: _builtins.bytes
-    value: _builtins.bytes
-    def __init__(
-        self,
-        *,
-        name: _builtins.bytes = ...,
-        value: _builtins.bytes = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "value", b"value"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Header: _TypeAlias = Header  # noqa: Y015
-
-@_typing.final
-class Open(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    METHOD_FIELD_NUMBER: _builtins.int
-    TARGET_FIELD_NUMBER: _builtins.int
-    HEADERS_FIELD_NUMBER: _builtins.int
-    BODY_FIELD_NUMBER: _builtins.int
-    MORE_FIELD_NUMBER: _builtins.int
-    method: _builtins.str
-    target: _builtins.bytes
-    """path and query, as the client wrote them"""
-    body: _builtins.bytes
-    """the whole body, where it is known"""
-    more: _builtins.bool
-    """true: the body follows in data frames and an end"""
-    @_builtins.property
-    def headers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Header]: ...
-    def __init__(
-        self,
-        *,
-        method: _builtins.str = ...,
-        target: _builtins.bytes = ...,
-        headers: _abc.Iterable[Global___Header] | None = ...,
-        body: _builtins.bytes = ...,
-        more: _builtins.bool = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "headers", b"headers", "method", b"method", "more", b"more", "target", b"target"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Open: _TypeAlias = Open  # noqa: Y015
-
-@_typing.final
-class Head(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    STATUS_FIELD_NUMBER: _builtins.int
-    HEADERS_FIELD_NUMBER: _builtins.int
-    status: _builtins.int
-    @_builtins.property
-    def headers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Header]: ...
-    def __init__(
-        self,
-        *,
-        status: _builtins.int = ...,
-        headers: _abc.Iterable[Global___Header] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["headers", b"headers", "status", b"status"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Head: _TypeAlias = Head  # noqa: Y015
-
-@_typing.final
-class End(_message.Message):
+class Failure(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ERROR_FIELD_NUMBER: _builtins.int
     ERROR_KIND_FIELD_NUMBER: _builtins.int
     RETRY_AFTER_S_FIELD_NUMBER: _builtins.int
     error: _builtins.str
-    """empty: a clean end"""
     error_kind: _builtins.str
     """class of osync.errors: UpstreamUnavailable, StreamBroken, CapacityError, ..."""
     retry_after_s: _builtins.float
@@ -267,22 +191,7 @@ class End(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___End: _TypeAlias = End  # noqa: Y015
-
-@_typing.final
-class Cancel(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
+Global___Failure: _TypeAlias = Failure  # noqa: Y015
 
 @_typing.final
 class NodeState(_message.Message):

@@ -1,73 +1,93 @@
 """Prometheus metrics of one gateway, in a registry of its own.
 
 Labels are bounded: routes come from the route table, nodes from the cluster view, kinds from the
-error tree. Series that a request touches are looked up once and kept.
+error tree. Requests bump plain numbers, without prometheus_client's lock for each; the metrics are
+made of them when somebody scrapes, in the loop's thread too.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 # From a cached answer on loopback to the longest generation that people wait for.
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_BOUNDS = (*(floatToGoString(bound) for bound in _SECONDS), "+Inf")
 
 Reading = Callable[[], Mapping[str, int]]
+
+
+class Tally:
+    """A number that only grows."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def inc(self, by: int = 1) -> None:
+        """Add to it."""
+        self.value += by
+
+
+class _Times:
+    """Durations by bucket, and their sum."""
+
+    __slots__ = ("counts", "total")
+
+    def __init__(self) -> None:
+        self.counts = [0] * len(_BOUNDS)
+        self.total = 0.0
+
+
+class _Route:
+    """What is counted of one route."""
+
+    __slots__ = ("first_byte", "seconds", "statuses")
+
+    def __init__(self) -> None:
+        self.statuses: dict[int, int] = {}
+        self.first_byte = _Times()
+        self.seconds = _Times()
 
 
 class Metrics:
     """Counters that requests bump, and gauges that are read when somebody scrapes."""
 
     def __init__(self) -> None:
-        registry = self.registry = CollectorRegistry()
-        self._requests = Counter("osync_requests", "Requests answered", ("route", "status"), registry=registry)
-        self._seconds = Histogram(
-            "osync_request_seconds",
-            "From a request's head to its answer's end",
-            ("route",),
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self._first_byte = Histogram(
-            "osync_first_byte_seconds",
-            "From a request's head to its answer's head",
-            ("route",),
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self.retries = Counter("osync_retries", "Attempts on another node", registry=registry)
-        self.client_gone = Counter("osync_client_gone", "Requests whose client left before the end", registry=registry)
-        self.stream_bytes = Counter("osync_stream_bytes", "Body bytes sent to clients", registry=registry)
-        self._errors = Counter("osync_errors", "Failures by class", ("kind",), registry=registry)
-        self._by_answer: dict[tuple[str, int], Counter] = {}
-        self._by_route: dict[str, tuple[Histogram, Histogram]] = {}
-        self._by_kind: dict[str, Counter] = {}
+        self.registry = CollectorRegistry()
+        self.retries = Tally()
+        self.client_gone = Tally()
+        self.stream_bytes = Tally()
+        self._routes: dict[str, _Route] = {}
+        self._errors: dict[str, int] = {}
+        self.registry.register(_Counts(self, self._routes, self._errors))
 
     def answered(self, route: str, status: int, first_byte_s: float, seconds: float, sent: int) -> None:
         """Count one answer."""
-        counter = self._by_answer.get((route, status))
-        if counter is None:
-            counter = self._by_answer[route, status] = self._requests.labels(route, str(status))
-        counter.inc()
-        times = self._by_route.get(route)
-        if times is None:
-            times = self._by_route[route] = (self._first_byte.labels(route), self._seconds.labels(route))
-        times[0].observe(first_byte_s)
-        times[1].observe(seconds)
-        if sent:
-            self.stream_bytes.inc(sent)
+        row = self._routes.get(route)
+        if row is None:
+            row = self._routes[route] = _Route()
+        row.statuses[status] = row.statuses.get(status, 0) + 1
+        times = row.first_byte
+        times.counts[bisect_left(_SECONDS, first_byte_s)] += 1
+        times.total += first_byte_s
+        times = row.seconds
+        times.counts[bisect_left(_SECONDS, seconds)] += 1
+        times.total += seconds
+        self.stream_bytes.value += sent
 
     def failed(self, kind: str) -> None:
         """Count one failure; `kind` is an error class's name."""
-        counter = self._by_kind.get(kind)
-        if counter is None:
-            counter = self._by_kind[kind] = self._errors.labels(kind)
-        counter.inc()
+        self._errors[kind] = self._errors.get(kind, 0) + 1
 
     def watch(self, in_flight: Reading, nodes: Reading) -> None:
         """Add the gauges: open requests by node, and nodes by state."""
@@ -76,6 +96,42 @@ class Metrics:
     def text(self) -> bytes:
         """Return all series in Prometheus' text form."""
         return generate_latest(self.registry)
+
+
+class _Counts(Collector):
+    def __init__(self, metrics: Metrics, routes: Mapping[str, _Route], errors: Mapping[str, int]) -> None:
+        self._metrics = metrics
+        self._routes = routes
+        self._errors = errors
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the counters and histograms as they are now."""
+        requests = CounterMetricFamily("osync_requests", "Requests answered", labels=("route", "status"))
+        seconds = HistogramMetricFamily(
+            "osync_request_seconds", "From a request's head to its answer's end", labels=("route",)
+        )
+        first_byte = HistogramMetricFamily(
+            "osync_first_byte_seconds", "From a request's head to its answer's head", labels=("route",)
+        )
+        for route, row in self._routes.items():
+            for status, count in row.statuses.items():
+                requests.add_metric((route, str(status)), count)
+            for family, times in ((seconds, row.seconds), (first_byte, row.first_byte)):
+                buckets = list(zip(_BOUNDS, accumulate(times.counts), strict=True))
+                family.add_metric((route,), buckets, times.total)
+        yield requests
+        yield seconds
+        yield first_byte
+        metrics = self._metrics
+        yield CounterMetricFamily("osync_retries", "Attempts on another node", metrics.retries.value)
+        yield CounterMetricFamily(
+            "osync_client_gone", "Requests whose client left before the end", metrics.client_gone.value
+        )
+        yield CounterMetricFamily("osync_stream_bytes", "Body bytes sent to clients", metrics.stream_bytes.value)
+        errors = CounterMetricFamily("osync_errors", "Failures by class", labels=("kind",))
+        for kind, count in self._errors.items():
+            errors.add_metric((kind,), count)
+        yield errors
 
 
 class _Gauges(Collector):

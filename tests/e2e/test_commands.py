@@ -14,7 +14,6 @@ from tests.daemons import ROOT, Process, clean_env
 from tests.e2e.conftest import MODEL
 
 pytestmark = pytest.mark.engine
-OPTIONS = {"temperature": 0, "num_predict": 12}
 
 
 def osync(engine: Process, *arguments: str) -> str:
@@ -27,9 +26,9 @@ def osync(engine: Process, *arguments: str) -> str:
 async def test_both_clients_give_the_same_answer(engine: Process):
     question = [{"role": "user", "content": "What color is the sky?"}]
     async with AsyncOllamaClient(base_urls=[engine.url]) as client:
-        parts = [part async for part in client.chat(MODEL, question, **OPTIONS)]
+        parts = [part async for part in client.chat(MODEL, question, temperature=0, num_predict=12)]
     with OllamaClient("127.0.0.1", engine.port) as plain:
-        whole = plain.chat(MODEL, question, stream=False, **OPTIONS)
+        whole = plain.chat(MODEL, question, stream=False, temperature=0, num_predict=12)
     assert "".join(p.message.content for p in parts) == whole.message.content
     assert parts[-1].done and parts[-1].eval_count == whole.eval_count
     assert whole.node

@@ -38,6 +38,7 @@ class FakeRunner:
         self.path = path
         self.settings = settings
         self.context_length = settings.context_length
+        self.parallel = settings.parallel
         self.closed = False
         self.prompts: list[str] = []
         self.options: list[SamplingOptions] = []

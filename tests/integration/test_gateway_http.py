@@ -140,6 +140,23 @@ async def test_garbage_does_not_disturb():
             assert r.status == 200
 
 
+@pytest.mark.parametrize("value", ["a\r\nX-Forged: 1", "a\nb", "a\0b"])
+async def test_control_characters_in_a_nodes_headers_go_nowhere(value: str) -> None:
+    class Forging(ScriptedNode):
+        async def answer(self, head, data, responder):
+            await responder.start(ResponseHead(200, (("Content-Type", "application/x-ndjson"), ("X-A", value))))
+            await responder.write(b"{}\n")
+
+    async with proxy(Forging("a")) as p:
+        reader, writer = await asyncio.open_connection("127.0.0.1", p.port)
+        writer.write(b'POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 13\r\n\r\n{"model":"m"}')
+        async with asyncio.timeout(10):
+            assert await reader.read() == b""
+        writer.close()
+        await writer.wait_closed()
+        assert p.in_flight == 0
+
+
 async def test_origin_and_host_checks():
     async with proxy(ScriptedNode("a")) as p:
         async with p.post("/api/chat", b"{}", Origin="http://evil.example") as r:

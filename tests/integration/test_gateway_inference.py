@@ -153,8 +153,26 @@ async def test_full_node_says_when_to_come_again():
         assert (r.status, r.headers["Retry-After"]) == (503, "3")
 
 
+class Without(ScriptedNode):
+    """Says, as Ollama does, that it does not have what it is asked for."""
+
+    async def answer(self, head: RequestHead, data: bytes, responder: Responder) -> None:
+        name = orjson.loads(data)["model"]
+        if head.target == "/api/embed":
+            await reply(responder, 404, {"error": f'model "{name}" not found, try pulling it first'})
+        elif head.target == "/v1/messages":
+            error: object = {"type": "not_found_error", "message": f"model '{name}' not found"}
+            await reply(responder, 404, {"type": "error", "error": error})
+        elif head.target.startswith("/v1/"):
+            error = {"message": f"model '{name}' not found", "type": "not_found_error", "param": None, "code": None}
+            await reply(responder, 404, {"error": error})
+        else:
+            await reply(responder, 404, {"error": f"model '{name}' not found"})
+
+
 async def test_model_that_no_node_has():
-    async with proxy(ScriptedNode("a")) as p:
+    nodes = [Without(name) for name in "abcd"]
+    async with proxy(*nodes) as p:
         async with p.post("/api/chat", {"model": "x", "messages": []}) as r:
             assert (r.status, await r.json()) == (404, {"error": "model 'x' not found"})
         async with p.post("/api/embed", {"model": "x"}) as r:
@@ -168,6 +186,16 @@ async def test_model_that_no_node_has():
             assert (r.status, await r.json()) == (404, {"error": "model '' not found"})
         async with p.post("/api/generate", {"model": "b@d"}) as r:
             assert (r.status, await r.json()) == (400, {"error": "invalid model name"})
+        assert p.in_flight == 0
+    # Three are asked each time, and none where the request names no model that could be there.
+    assert [len(node.requests) for node in nodes] == [4, 4, 4, 0]
+
+
+async def test_model_that_appeared_a_moment_ago():
+    old, new = Without("a"), ScriptedNode("b")
+    async with proxy(old, new) as p, p.post("/api/chat", {"model": "made-just-now", "messages": []}) as r:
+        assert (r.status, (await r.json())["node"], r.headers["X-Osync-Node"]) == (200, "b", "b")
+    assert (len(old.requests), len(new.requests)) == (1, 1)
 
 
 async def test_no_node_says_how_to_add_one():
@@ -269,14 +297,14 @@ async def test_answer_shorter_than_announced_is_no_clean_end():
             await response.read()
 
 
-async def test_unload_goes_to_every_node_that_has_it_loaded():
+async def test_unload_goes_to_every_node_that_has_it():
     a = ScriptedNode("a", loaded=("m:latest",))
     b = ScriptedNode("b", loaded=("m:latest",))
     c = ScriptedNode("c")
     async with proxy(a, b, c) as p:
         async with p.post("/api/generate", {"model": "m", "keep_alive": 0}) as r:
             assert r.status == 200
-        assert (len(a.requests), len(b.requests), len(c.requests)) == (1, 1, 0)
+        assert (len(a.requests), len(b.requests), len(c.requests)) == (1, 1, 1)
         async with p.post("/api/generate", {"model": "m", "keep_alive": 0, "prompt": "x"}) as r:
             assert r.status == 200
         assert len(a.requests) + len(b.requests) == 3

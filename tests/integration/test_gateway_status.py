@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 from osync.types import ResponseHead
 from tests.fakes.cluster import ScriptedNode, proxy, reply
 
@@ -54,6 +56,28 @@ async def test_status_tells_nodes_models_and_requests():
     assert (models["x:7b"]["model"], models["x:7b"]["tag"], models["x:7b"]["family"]) == ("x", "7b", "llama")
     assert osync["requests"]["total"] == 1
     assert osync["requests"]["error_rate"] == 0
+
+
+async def test_probes_are_no_traffic():
+    node = ScriptedNode("a", ok=False)
+    async with proxy(node) as p:
+        for path, expected in (("/readyz", 503), ("/healthz", 200), ("/metrics", 200)):
+            async with p.client.get(path) as r:
+                assert r.status == expected
+        async with p.client.get("/api/status") as r:
+            osync = (await r.json())["osync"]
+        assert (osync["requests"]["total"], osync["requests"]["errors"]) == (0, 0)
+        assert b'osync_requests_total{route="/readyz",status="503"} 1.0' in p.gateway.context.metrics.text()
+
+
+async def test_the_node_in_this_process_is_seen_now():
+    async with proxy(ScriptedNode("a"), ScriptedNode("down", up=False)) as p:
+        before = datetime.now(UTC)
+        async with p.client.get("/api/status") as r:
+            local, down = (await r.json())["osync"]["nodes"]
+    assert datetime.fromisoformat(local["last_heartbeat"]) >= before
+    assert local["health"]["age_s"] == 0
+    assert (down["last_heartbeat"], down["health"]["age_s"]) == ("", None)
 
 
 async def test_status_survives_a_node_that_does_not_tell_of_its_cloud():

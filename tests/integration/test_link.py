@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,12 @@ from osync.errors import (
     ModelNotFound,
     StreamBroken,
     UpstreamUnavailable,
+    WireError,
 )
 from osync.net.exchange import WINDOW_BYTES, Body, Responder
+from osync.net.remote import Session
 from osync.net.uplink import RemoteLink
+from osync.pb import node_pb2 as pb
 from osync.types import HostLoad, RequestHead, ResponseHead
 from tests.links import GET, OK, FakeNode, fetch, linked, node_process, node_state, noise, rest, serving, until
 
@@ -202,6 +206,47 @@ async def test_a_proxy_that_goes_cancels_its_requests():
         async with asyncio.timeout(0.1):
             await cancelled.wait()
         await until(lambda: len(service) == 0)
+
+
+async def test_closing_ones_own_link_is_no_news():
+    news: list[str] = []
+    async with serving(FakeNode(echo)) as (port, _):
+        async with linked(port) as link:
+            link.on_change(lambda: news.append(link.error))
+        assert link.state is None
+    assert [error for error in news if error] == []
+
+
+async def test_a_small_answer_is_one_message_from_the_node(monkeypatch):
+    sizes: list[int] = []
+    receive = Session.receive
+
+    def count(self: Session, frames: Collection[pb.Frame]) -> None:
+        sizes.append(len(frames))
+        receive(self, frames)
+
+    async def answer(head: RequestHead, body: Body, responder: Responder) -> None:
+        await body.read_all(100)
+        await responder.start(OK)
+        await responder.write(b"small ")
+        await responder.write(b"answer")
+
+    monkeypatch.setattr(Session, "receive", count)
+    async with serving(FakeNode(answer)) as (port, _), linked(port) as link:
+        assert await fetch(link, RequestHead("POST", "/"), b"small") == (OK, b"small answer")
+    assert [size for size in sizes if size] == [1]
+
+
+async def test_a_head_that_cannot_be_sent_is_refused_where_it_is_made():
+    async def answer(head: RequestHead, body: Body, responder: Responder) -> None:
+        await responder.start(ResponseHead(200, (("X", "1\nY: 2"),)))
+
+    async with serving(FakeNode(answer)) as (port, service), linked(port) as link:
+        with pytest.raises(WireError, match="line feed"):
+            link.open(RequestHead("GET", "/", (("X", "1\nY"),)), b"")
+        with pytest.raises((WireError, StreamBroken), match="line feed"):
+            await fetch(link)
+        await until(lambda: service.active == 0)
 
 
 @pytest.mark.parametrize(

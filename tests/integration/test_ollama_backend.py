@@ -15,7 +15,7 @@ import pytest
 from osync.backend.choose import choose
 from osync.backend.ollama import OllamaBackend
 from osync.config import Settings
-from osync.errors import ConfigError, StreamBroken, UpstreamUnavailable
+from osync.errors import BadRequest, ConfigError, StreamBroken, UpstreamUnavailable
 from osync.types import BackendState, Headers, RequestHead, ResponseHead
 from tests.fakes.fault import Fault
 from tests.fakes.ollama import FakeModel, FakeOllama, expected_text
@@ -183,6 +183,18 @@ async def test_death_before_the_head_is_retryable(fake: FakeOllama, backend: Oll
     fake.fault(reset_after=0, times=2)
     with pytest.raises(UpstreamUnavailable, match="broke off before it answered"):
         await ask(backend, "/api/chat", chat())
+
+
+@pytest.mark.parametrize("header", [("X", "a\r\nX-Evil: 1"), ("X: a\r\nX-Evil", "1"), ("X", "a\0"), ("", "a")])
+async def test_header_that_would_become_two_is_refused(
+    fake: FakeOllama, backend: OllamaBackend, header: tuple[str, str]
+) -> None:
+    with pytest.raises(BadRequest, match="cannot be sent on"):
+        await ask(backend, "/api/chat", chat(), headers=(header,))
+    with pytest.raises(BadRequest, match="cannot be sent on"):
+        await ask(backend, "/api/chat HTTP/1.1\r\nX-Evil: 1", chat())
+    assert not fake.received("/api/chat")
+    await ask(backend, "/api/chat", chat())
 
 
 async def test_mid_stream_error_line_is_passed_on(fake: FakeOllama, backend: OllamaBackend) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+from contextlib import suppress
 from typing import Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from structlog.testing import capture_logs
 
 from osync.errors import CapacityError, ConfigError, ModelNotFound
 from osync.net.guard import rpc_guard
@@ -150,3 +153,48 @@ async def test_a_taken_port_is_named(running):
 
 async def test_a_server_that_never_started_can_be_stopped():
     await RpcServer("127.0.0.1", 0).stop(0)
+
+
+class Departed:
+    """A handler that fails only after its client has gone."""
+
+    def __init__(self, how: str) -> None:
+        self._how = how
+        self.started = asyncio.Event()
+        self.task: asyncio.Task[Any] | None = None
+
+    async def serve(self, requests: object, context: Any) -> None:
+        self.task = asyncio.current_task()
+        self.started.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        if self._how == "abort":
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no")
+        if self._how == "write":
+            await context.write(b"late")
+        raise ModelNotFound("model 'x' not found")
+
+    def add(self, servicer: object, server: grpc.aio.Server) -> None:
+        handlers: dict[str, Any] = {"Serve": grpc.stream_stream_rpc_method_handler(self.serve)}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("osync.test.D", handlers),))
+
+
+@pytest.mark.parametrize("how", ["abort", "write", "raise"])
+async def test_a_call_whose_client_has_gone_fails_without_a_traceback(how, caplog):
+    departed = Departed(how)
+    server = RpcServer("127.0.0.1", 0)
+    server.add_service(departed.add, departed, "osync.test.D")
+    port = await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            with capture_logs() as logs:
+                async with rpc_guard(channel.stream_stream("/osync.test.D/Serve")()) as call:
+                    await call.write(b"")
+                    await departed.started.wait()
+                assert departed.task is not None
+                await asyncio.wait({departed.task}, timeout=5)
+                assert departed.task.done()
+    finally:
+        await server.stop(0.1)
+    assert [log for log in logs if log["log_level"] in {"warning", "error"}] == []
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from osync.core.balancer import Candidate, Choice, Miss, pick
+from osync.core.balancer import Candidate, Choice, Miss, ask_around, pick
 from osync.core.window import SPAN_S, Window
 from osync.types import NodeId
 
@@ -71,6 +71,18 @@ def test_pin_goes_to_its_node_whatever_the_load():
     assert choose(nodes, pin="b") == Choice(B, "pinned")
     assert choose(nodes, pin="z") == Miss("no_such_node")
     assert choose(nodes, pin="b", excluded=(B,)) == Miss("tried")
+
+
+def test_asking_around_takes_usable_nodes_one_after_the_other():
+    absent = [candidate(A, usable=False, present=False), candidate(B, present=False), candidate(C, present=False)]
+    first = ask_around(absent)
+    assert isinstance(first, Choice)
+    assert (first.node_id, "no node reports" in first.reason) == (B, True)
+    second = ask_around(absent, (B,))
+    assert isinstance(second, Choice)
+    assert second.node_id == C
+    assert ask_around(absent, (B, C)) == Miss("no_model")
+    assert ask_around([]) == Miss("no_model")
 
 
 nodes = st.lists(

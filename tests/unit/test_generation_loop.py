@@ -305,3 +305,20 @@ def test_prompts_join_running_answers_in_small_chunks():
     assert sum(sizes) == 399
     assert sizes[0] == 32
     assert 7 <= sizes[-2] <= 10  # ten rows double the time of an evaluation
+
+
+def test_a_fixed_seed_uses_nothing_again_that_was_evaluated_in_another_shape():
+    schedule = Schedule(1, 8)
+    prompt = list(range(20))
+
+    def ask(seed: int) -> int:
+        request = Request(prompt, SamplingOptions(seed=seed, num_predict=1), Letters(), context_length=64, now_ns=0)
+        kept = schedule.admit(request)
+        while not request.ended:
+            frame = schedule.frame()
+            sampled = {0: (5,)} if frame.rows[0].sample else {}
+            schedule.apply(frame, Outcome(sampled), 1, 1)
+        schedule.release(request)
+        return kept
+
+    assert [ask(7), ask(7), ask(-1), ask(7)] == [0, 16, 19, 16]  # whole batches of 8 only, unless no seed asks

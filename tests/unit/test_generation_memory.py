@@ -46,3 +46,8 @@ def test_fewer_sequences_before_none_at_all():
 def test_deterministic_mode_fixes_what_changes_bits():
     settings = plan_context(MODEL, RunnerSettings(deterministic=True), 64 * GIB)
     assert (settings.flash_attention, settings.unified) == ("off", False)
+
+
+def test_a_batch_has_a_row_for_each_sequence_and_512_at_most():
+    assert plan_context(MODEL, RunnerSettings(n_batch=1), 64 * GIB).n_batch == 4
+    assert plan_context(MODEL, RunnerSettings(n_batch=10_000), 64 * GIB).n_batch == 512

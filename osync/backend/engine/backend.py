@@ -91,8 +91,8 @@ class EngineBackend:
 
     def state(self) -> BackendState:
         """Return models, loaded models and load, without waiting."""
-        now, parallel = time.time(), self._settings.parallel
-        slots = self._table.loaded
+        now = time.time()
+        ready = [(slot, slot.runner) for slot in self._table.loaded if slot.runner is not None]
         return BackendState(
             kind="engine",
             ok=self._library is not None,
@@ -103,18 +103,17 @@ class EngineBackend:
                 LoadedModel(
                     name=slot.model.info.name,
                     digest=slot.model.info.digest,
-                    size=slot.runner.size_bytes,
-                    size_vram=slot.runner.size_vram,
+                    size=runner.size_bytes,
+                    size_vram=runner.size_vram,
                     expires_at=answers.now_text(int(slot.expires_at(now) * 1e9)),
-                    context_length=slot.runner.context_length,
-                    active=min(slot.users, parallel),
+                    context_length=runner.context_length,
+                    active=min(slot.users, runner.parallel),
                 )
-                for slot in slots
-                if slot.runner is not None
+                for slot, runner in ready
             ),
-            slots=parallel,
-            active=sum(min(slot.users, parallel) for slot in slots),
-            queued=sum(max(0, slot.users - parallel) for slot in slots) + self._table.pending,
+            slots=min((runner.parallel for _, runner in ready), default=self._settings.parallel),
+            active=sum(min(slot.users, runner.parallel) for slot, runner in ready),
+            queued=sum(max(0, slot.users - runner.parallel) for slot, runner in ready) + self._table.pending,
         )
 
     def on_change(self, notify: Callable[[], None]) -> None:
@@ -151,6 +150,7 @@ class EngineBackend:
                 return
             self._scans += 1
             if await asyncio.to_thread(self._store.scan):
+                self._table.retain({model.path for model in self._store.models})
                 self._changed()
 
     async def _find(self, name: str) -> StoredModel:

@@ -7,12 +7,11 @@ from typing import Any
 
 from osync.backend.engine.fields import Fields
 from osync.backend.engine.runner import EngineRunner
+from osync.coordinator.generation import TOO_LONG
 from osync.engine.gotemplate import GoTemplate
 from osync.engine.store import StoredModel
 from osync.engine.template import ChatTemplate, Message, parse_template, render_go
 from osync.errors import BadRequest
-
-TOO_LONG = "the input length exceeds the context length"
 
 
 def check_generate(fields: Fields) -> GoTemplate | None:

@@ -26,6 +26,8 @@ class EngineRunner(Protocol):
     """A loaded model; `osync.coordinator.runner.Runner` is one."""
 
     context_length: int
+    parallel: int
+    """Requests at once; where memory is short, fewer than the settings ask for."""
     size_bytes: int
     size_vram: int
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,9 @@ import structlog
 
 from osync.backend.engine.runner import EngineRunner, Load
 from osync.config import Settings
-from osync.coordinator.runner import DEFAULT_CONTEXT, RunnerSettings
+from osync.coordinator.generation import SERVER_BUSY
+from osync.coordinator.runner import DEFAULT_CONTEXT, MAX_BATCH, RunnerSettings, too_large
+from osync.engine.llama import threads_for
 from osync.engine.store import StoredModel
 from osync.engine.template import ChatTemplate
 from osync.errors import BadRequest, CapacityError, ConfigError, ModelUnusable, OsyncError
@@ -25,7 +27,6 @@ log = structlog.get_logger("osync.engine")
 
 DEFAULT_MODELS = 3  # Ollama's number without a GPU
 CLOSE_TIMEOUT_S = 5.0  # llama.cpp finishes the evaluation that it is in
-SERVER_BUSY = "server busy, please try again.  maximum pending requests exceeded"
 _FAR_S = 200 * 365 * 86400.0  # how "forever" is written as a date
 
 
@@ -107,8 +108,8 @@ class Table:
         return RunnerSettings(
             context_length=max(4, min(length, trained)),
             parallel=self._settings.parallel,
-            threads=max(0, options.num_thread or self._settings.threads),
-            n_batch=max(1, options.num_batch or 512),
+            threads=threads_for(max(0, options.num_thread or 0) or self._settings.threads),
+            n_batch=max(1, min(options.num_batch or MAX_BATCH, MAX_BATCH)),
             flash_attention=self._settings.flash_attention,
             use_mmap=options.use_mmap is not False,
             gpu_layers=layers,
@@ -149,8 +150,8 @@ class Table:
             if slot is None:
                 return self._begin(model, options)
             if not slot.is_closing and self._suits(slot, model, options):
-                if slot.runner is None and self.pending >= self._settings.max_queue:
-                    raise CapacityError(SERVER_BUSY)
+                if slot.runner is None:
+                    self._check_queue()
                 return slot
             if not slot.is_closing:
                 log.info("model_reload", model=model.info.name, waits_for=slot.users)
@@ -158,11 +159,14 @@ class Table:
                 self._idle(slot)
             await slot.gone.wait()
 
+    def _check_queue(self) -> None:
+        """As many may wait for loads as a loaded model takes: those that it works on, and its queue."""
+        if self.pending >= self._settings.max_queue + self._settings.parallel:
+            raise CapacityError(SERVER_BUSY)
+
     def _suits(self, slot: Slot, model: StoredModel, options: RunnerOptions) -> bool:
         """Tell whether a slot is what a request asks for; what it leaves open suits it as it is."""
-        if (slot.model.mtime, slot.model.info.size) != (model.mtime, model.info.size) and (
-            slot.model.info.name == model.info.name
-        ):
+        if slot.model.header is not model.header:  # the store reads a header again once its file has changed
             return False
         wanted, has = self.runner_settings(model, options), slot.settings
         if options.num_ctx is None:
@@ -178,8 +182,7 @@ class Table:
         )
 
     def _begin(self, model: StoredModel, options: RunnerOptions) -> Slot:
-        if self.pending >= self._settings.max_queue:
-            raise CapacityError(SERVER_BUSY)
+        self._check_queue()
         slot = Slot(
             model,
             self.runner_settings(model, options),
@@ -263,10 +266,7 @@ class Table:
         available = self._available_memory()
         if need <= available:
             return ""
-        return (
-            f"model requires more system memory ({need / (1 << 30):.1f} GiB) than is available "
-            f"({available / (1 << 30):.1f} GiB)"
-        )
+        return too_large(need, available)
 
     def template(self, slot: Slot, model: StoredModel) -> ChatTemplate:
         """Return the template of one of the names that share a slot's file."""
@@ -285,6 +285,13 @@ class Table:
         if slot is not None:
             slot.keep_alive_s = 0.0
             self._idle(slot)
+
+    def retain(self, paths: Collection[Path]) -> None:
+        """Unload what lies in none of `paths` any more: nobody could ask for it, not even to unload it."""
+        for slot in list(self._slots.values()):
+            if slot.model.path not in paths and slot.ready.done():
+                slot.keep_alive_s = 0.0
+                self._idle(slot)
 
     def _idle(self, slot: Slot) -> None:
         """Decide what happens to a slot that may have become free."""
