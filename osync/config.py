@@ -64,7 +64,9 @@ class Settings:
         env=("OSYNC_MODELS", "OLLAMA_MODELS"),
         split=True,
     )
-    state_dir: Path | None = setting(None, "identity and caches; default: the platform's", env=("OSYNC_STATE_DIR",))
+    state_dir: Path | None = setting(  # noqa: RUF009 (a field, though ruff cannot see it)
+        None, "identity and caches; default: the platform's", env=("OSYNC_STATE_DIR",)
+    )
     device: str = setting(
         "auto",
         "engine: auto, cpu, cuda, metal, vulkan",

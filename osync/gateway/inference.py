@@ -177,7 +177,11 @@ class _Attempt:
                     and _is_json(head)
                     and (has_spare() or (knows_more and head.status == 501))
                 ):
-                    raise Refused(self._state, head, await relay.collect(exchange, _MAX_ERROR))
+                    body = await relay.collect(exchange, _MAX_ERROR)
+                    if translated is not None:
+                        head, answer = translated.answer.head(head), translated.answer
+                        body = answer.feed(body) + answer.finish()
+                    raise Refused(self._state, head, body)
                 is_error = head.status >= 500
                 if translated is None:
                     await self._relay(exchange, head)

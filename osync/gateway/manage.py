@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import orjson
 
@@ -14,13 +15,16 @@ from osync.gateway.fields import is_streamed, read_fields, text_of
 from osync.gateway.progress import Progress
 from osync.gateway.relay import JSON, downstream_head, send_bytes, send_empty, send_json, upstream_head
 from osync.gateway.targets import Node, designated_node, label, ollamas, replicas, usable
-from osync.types import ResponseHead
+from osync.types import NodeState, ResponseHead
 from osync.wire import names, ndjson
 
 __all__ = ["copy", "create", "delete", "pull", "push"]
 
 CHANGE_TIMEOUT_S = 60.0
 """Copies and deletions are work on a node's disk: a manifest, or files of many gigabytes to unlink."""
+
+_PULL_ATTEMPTS = 3
+"""Nodes that one pull may be tried on."""
 
 
 async def pull(ctx: Context, call: Call) -> None:
@@ -33,7 +37,7 @@ async def pull(ctx: Context, call: Call) -> None:
     shared = (key, insecure, call.header("x-osync-node"))
     progress = ctx.pulls.get(shared)
     if progress is None:
-        state, peer = _puller(usable(ctx, call), name)
+        nodes = _pullers(usable(ctx, call), name)
         head = upstream_head(call)
         body = orjson.dumps({**fields, "stream": True})
 
@@ -41,7 +45,7 @@ async def pull(ctx: Context, call: Call) -> None:
             if ctx.pulls.get(shared) is which:
                 del ctx.pulls[shared]
 
-        progress = Progress(state, lambda: peer.link.open(head, body), ended)
+        progress = Progress([(state, partial(peer.link.open, head, body)) for state, peer in nodes], ended)
         ctx.pulls[shared] = progress
     await _follow(call, progress, streamed)
 
@@ -89,12 +93,12 @@ async def delete(ctx: Context, call: Call) -> None:
     await _conclude(call, results, f"model '{name}' not found", f"model '{name}' deleted")
 
 
-def _puller(nodes: Sequence[Node], name: str) -> Node:
-    """Choose a node that has the model already, else the Ollama with the most free memory."""
-    having = replicas(nodes, name)
-    if found := ollamas(having):
-        return found[0]
-    return max(ollamas(nodes) or nodes, key=_room)
+def _pullers(nodes: Sequence[Node], name: str) -> list[Node]:
+    """Return whom to ask, in turn: Ollamas that have the model already, then those with the most free memory."""
+    able = ollamas(nodes) or list(nodes)
+    having = replicas(able, name)
+    rest = sorted((node for node in able if node not in having), key=_room, reverse=True)
+    return [*having, *rest][:_PULL_ATTEMPTS]
 
 
 def _room(node: Node) -> tuple[int, str]:
@@ -103,9 +107,12 @@ def _room(node: Node) -> tuple[int, str]:
 
 
 async def _follow(call: Call, progress: Progress, streamed: bool) -> None:
-    state = progress.state
     with progress.reader() as reader:
-        head = await progress.wait_head()
+        try:
+            head = await progress.wait_head()
+        except UpstreamError as error:
+            raise _named(progress.state, error) from error
+        state = progress.state
         if head.status != 200:
             await call.responder.start(downstream_head(head, state.node_id))
             await call.responder.write(progress.body)
@@ -120,7 +127,7 @@ async def _follow(call: Call, progress: Progress, streamed: bool) -> None:
                 await call.responder.write(line + b"\n")
         failure = progress.error
     if failure is not None:
-        raise type(failure)(f"node {label(state)}: {failure}")
+        raise _named(state, failure)
     if streamed:
         return
     told = (("X-Osync-Node", state.node_id),)
@@ -128,6 +135,11 @@ async def _follow(call: Call, progress: Progress, streamed: bool) -> None:
         await send_json(call, 500, {"error": text}, told)
     else:
         await send_bytes(call, 200, JSON, last, told)
+
+
+def _named(state: NodeState, error: OsyncError) -> OsyncError:
+    """Return the same error, saying on which node."""
+    return type(error)(f"node {label(state)}: {error}")
 
 
 async def _change(ctx: Context, call: Call, name: str, raw: bytes) -> list[Result]:

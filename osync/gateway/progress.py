@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import orjson
@@ -20,6 +20,9 @@ MAX_PENDING = 512
 """Lines that a slow reader may be behind before older ones of the same layer are left out."""
 
 ERROR_BODY_LIMIT = 1 << 20
+
+Target = tuple[NodeState, Callable[[], Exchange]]
+"""A node, and what asks it."""
 
 
 class Reader:
@@ -58,10 +61,14 @@ class Reader:
 
 
 class Progress:
-    """One exchange with a node that answers progress lines; it runs while anyone reads it."""
+    """One exchange with a node that answers progress lines; it runs while anyone reads it.
 
-    def __init__(self, state: NodeState, start: Callable[[], Exchange], ended: Callable[[Progress], None]) -> None:
-        self.state = state
+    Where a node breaks before it answers, the next one is asked.
+    """
+
+    def __init__(self, targets: Sequence[Target], ended: Callable[[Progress], None]) -> None:
+        self.state = targets[0][0]
+        """The node that is asked; from the head on, the one that answered."""
         self.head: ResponseHead | None = None
         self.body = b""
         """The whole answer where its status is not 200."""
@@ -72,7 +79,7 @@ class Progress:
         self._latest: dict[str, bytes] = {}
         self._readers: set[Reader] = set()
         self._tasks = Tasks("gateway")
-        self._task = self._tasks.spawn(f"progress[{state.node_id}]", self._run(start))
+        self._task = self._tasks.spawn(f"progress[{self.state.node_id}]", self._run(targets))
 
     @contextmanager
     def reader(self) -> Iterator[Reader]:
@@ -96,21 +103,17 @@ class Progress:
             return self.head
         raise self.error or UpstreamError("the node gave no answer")
 
-    async def _run(self, start: Callable[[], Exchange]) -> None:
+    async def _run(self, targets: Sequence[Target]) -> None:
+        left = len(targets)
         try:
-            exchange = start()
-            try:
-                head = await exchange.head()
-                if head.status != 200:
-                    self.body = await collect(exchange, ERROR_BODY_LIMIT)
-                    self.head = head
+            for self.state, start in targets:
+                left -= 1
+                try:
+                    await self._follow(start())
                     return
-                self.head = head
-                self._started.set()
-                async for line in read_lines(exchange):
-                    self._publish(line)
-            finally:
-                exchange.close()
+                except UpstreamError as error:
+                    if self.head is not None or not error.retryable or not left:
+                        raise
         except OsyncError as error:
             self.error = error
         except Exception as error:
@@ -122,6 +125,20 @@ class Progress:
             self._ended(self)
             for reader in self._readers:
                 reader.end()
+
+    async def _follow(self, exchange: Exchange) -> None:
+        try:
+            head = await exchange.head()
+            if head.status != 200:
+                self.body = await collect(exchange, ERROR_BODY_LIMIT)
+                self.head = head
+                return
+            self.head = head
+            self._started.set()
+            async for line in read_lines(exchange):
+                self._publish(line)
+        finally:
+            exchange.close()
 
     def _publish(self, line: bytes) -> None:
         key = _key(line)

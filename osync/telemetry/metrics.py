@@ -14,13 +14,12 @@ from itertools import accumulate
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 # From a cached answer on loopback to the longest generation that people wait for.
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-_BOUNDS = (*(floatToGoString(bound) for bound in _SECONDS), "+Inf")
+_BOUNDS = (*(str(float(bound)) for bound in _SECONDS), "+Inf")
 
 Reading = Callable[[], Mapping[str, int]]
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import orjson
 import pytest
@@ -54,9 +55,9 @@ async def raw(p: Proxy, data: bytes, wanted: bytes) -> bytes:
         await writer.wait_closed()
 
 
-async def nodes_of(p: Proxy) -> list[dict[str, object]]:
+async def nodes_of(p: Proxy) -> list[Any]:
     async with p.client.get("/api/status") as r:
-        return (await r.json())["osync"]["nodes"]
+        return list((await r.json())["osync"]["nodes"])
 
 
 async def test_a_node_that_went_down_is_still_shown_with_its_name():
@@ -115,6 +116,13 @@ async def test_a_feature_that_the_only_replica_lacks_is_501():
     lacks = Failing("a", kind="engine", status=501, text="no embeddings here")
     async with proxy(lacks, ScriptedNode("b", models=())) as p, p.post("/api/embed", {"model": "m", "input": "x"}) as r:
         assert (r.status, await r.json()) == (501, {"error": "no embeddings here"})
+
+
+async def test_a_feature_that_no_engine_has_is_told_in_the_surfaces_form():
+    a, b = (Failing(name, kind="engine", status=501, text="no embeddings here") for name in "ab")
+    async with proxy(a, b) as p, p.post("/v1/embeddings", {"model": "m", "input": "x"}) as r:
+        assert (r.status, (await r.json())["error"]["message"]) == (501, "no embeddings here")
+        assert int(r.headers.get("Content-Length", "0")) in (0, len(await r.read()))
 
 
 async def test_503_says_why_the_only_replica_gets_no_requests():
@@ -229,6 +237,24 @@ async def test_an_unknown_write_is_not_repeated_on_another_node():
     async with proxy(silent, other) as p, p.post("/api/new", {"x": 1}) as r:
         assert r.status == 502
         assert other.requests == []
+
+
+async def test_a_pull_goes_to_another_node_where_the_first_breaks_before_it_answers():
+    silent, other = Silent("a"), ScriptedNode("b", models=())
+    async with proxy(silent, other) as p:
+        asked = asyncio.create_task(p.post("/api/pull", {"model": "m", "stream": False}).__aenter__())
+        await silent.asked.wait()
+        silent.broken.set()
+        response = await asked
+        assert (response.status, response.headers["X-Osync-Node"]) == (200, "b")
+        assert (await response.json())["node"] == "b"
+        assert p.gateway.context.pulls == {}
+
+
+async def test_a_pull_that_all_nodes_break_names_the_last():
+    nodes = Failing("a", error=UpstreamUnavailable("gone")), Failing("b", error=UpstreamUnavailable("gone too"))
+    async with proxy(*nodes) as p, p.post("/api/pull", {"model": "m"}) as r:
+        assert (r.status, await r.json()) == (502, {"error": "node host-b (b): gone too"})
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/api/status"])

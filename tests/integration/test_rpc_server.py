@@ -188,7 +188,8 @@ async def test_a_call_whose_client_has_gone_fails_without_a_traceback(how, caplo
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             with capture_logs() as logs:
-                async with rpc_guard(channel.stream_stream("/osync.test.D/Serve")()) as call:
+                begun: grpc.aio.StreamStreamCall[bytes, bytes] = channel.stream_stream("/osync.test.D/Serve")()
+                async with rpc_guard(begun) as call:
                     await call.write(b"")
                     await departed.started.wait()
                 assert departed.task is not None

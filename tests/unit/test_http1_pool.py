@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 
 from osync.backend import http1_pool
-from osync.backend.http1_connection import BrokenOff
+from osync.backend.http1_connection import Answer, BrokenOff
 from osync.backend.http1_pool import Client, Unreachable
 from osync.errors import BadRequest, StreamBroken, UpstreamUnavailable
 from osync.net.exchange import WINDOW_BYTES
@@ -136,7 +136,7 @@ async def fetch(client: Client, method: str = "POST", data: bytes = b"") -> byte
         answer.close()
 
 
-async def rest(answer: http1_pool.Answer) -> bytes:
+async def rest(answer: Answer) -> bytes:
     pieces = []
     while piece := await answer.read():
         pieces.append(piece)
