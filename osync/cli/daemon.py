@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,8 +69,6 @@ def run(flags: dict[str, Any], *, file: Path | None = None, print_config: bool =
         if print_config:
             _print(loaded)
             return 0
-        # Children (template workers) are spawned, never forked on: grpc's fork handlers only print warnings.
-        os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
         from osync.daemon.run import run_daemon  # the imports of grpc and aiohttp take half a second
 
         return run_daemon(loaded.settings)

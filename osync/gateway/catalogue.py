@@ -9,10 +9,11 @@ from urllib.parse import unquote
 import structlog
 
 from osync.core import merge
-from osync.errors import BadRequest, ModelNotFound, OsyncError, UpstreamError
+from osync.errors import BadRequest, ModelNotFound, NoNodes, OsyncError, UpstreamError
 from osync.gateway.context import Call, Context
 from osync.gateway.fetch import Answer, Result, fan_out, reason, relay_first
 from osync.gateway.fields import read_fields, text_of
+from osync.gateway.health import why_unusable
 from osync.gateway.relay import send_json, upstream_head
 from osync.gateway.targets import designated_node, ollamas, read_head, replicas, usable
 from osync.types import ModelInfo, NodeState, RequestHead
@@ -74,6 +75,8 @@ async def show(ctx: Context, call: Call) -> None:
             return
     if results and all(isinstance(outcome, OsyncError) for _, _, outcome in results):
         _raise_failure(results)
+    if reason := why_unusable(ctx, names.canonical(name)):
+        raise NoNodes(f"no node that has model '{shown}' takes requests now: {reason}")
     raise ModelNotFound(f"model '{shown}' not found")
 
 

@@ -6,6 +6,7 @@ from osync.cluster.view import Peer
 from osync.gateway import relay
 from osync.gateway.context import Call, Context
 from osync.telemetry.metrics import CONTENT_TYPE
+from osync.wire import names
 
 ADD_A_NODE = "no node is known: start this daemon with --servers host:port, or run `osyncd --role node` on a host"
 
@@ -47,7 +48,19 @@ def why_not_ready(ctx: Context) -> str:
 def why_unusable(ctx: Context, model: str) -> str:
     """Return why no node that has the model, by canonical name, gets requests, in words for a person."""
     having = {candidate.node_id for candidate in ctx.replicas.of(ctx.view, ctx.drained) if model in candidate.present}
-    return "; ".join(filter(None, (_reason(ctx, peer) for state, peer in ctx.view.up() if state.node_id in having)))
+    up = [peer for state, peer in ctx.view.up() if state.node_id in having]
+    return "; ".join(filter(None, (_reason(ctx, peer) for peer in up + down_with(ctx, model))))
+
+
+def down_with(ctx: Context, model: str) -> list[Peer]:
+    """Return the peers that are down and had the model, by canonical name, when they were last heard of."""
+    return [
+        peer
+        for peer in ctx.view.peers
+        if peer.state is None
+        and peer.last is not None
+        and any(names.key(known.name) == model for known in peer.last.backend.models)
+    ]
 
 
 def _reason(ctx: Context, peer: Peer) -> str:

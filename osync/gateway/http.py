@@ -27,6 +27,7 @@ BACKLOG = 2048  # aiohttp's 128 costs a SYN retransmit (1 s) at 200 simultaneous
 _KEEPALIVE_S = 3600.0
 _LINGER_S = 5.0  # how long an unread body (413) is drained so that the client sees its answer
 _CANCELLED_WAIT_S = 2.0
+_MAX_LINE = 64 << 10  # of the request line, and of a header; aiohttp's 8 KiB is less than cookies and tokens take
 _DRAIN_BYTES = 1 << 16  # written before the next look whether the client keeps up
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 _OWN_FRAMING = frozenset(("connection", "transfer-encoding"))
@@ -52,6 +53,8 @@ class HttpServer:
             handler_cancellation=True,
             auto_decompress=False,
             access_log=None,
+            max_line_size=_MAX_LINE,
+            max_field_size=_MAX_LINE,
             keepalive_timeout=_KEEPALIVE_S,
             lingering_time=_LINGER_S,
             logger=_logger(),

@@ -26,7 +26,7 @@ from osync.errors import (
 from osync.gateway import passthrough, relay
 from osync.gateway.broken import SaidSo
 from osync.gateway.context import Call, Context
-from osync.gateway.health import why_not_ready, why_unusable
+from osync.gateway.health import down_with, why_not_ready, why_unusable
 from osync.gateway.unload import unload
 from osync.net.exchange import Exchange
 from osync.types import NodeId, NodeState, RequestHead, ResponseHead
@@ -131,7 +131,8 @@ def _pick(ctx: Context, model: str, pin: str, tried: list[NodeId] | tuple[()]) -
     candidates = ctx.replicas.of(ctx.view, ctx.drained)
     choice = pick(candidates, model, ctx.in_flight, excluded=tried, pin=pin, rng=_RNG)
     if model and isinstance(choice, Miss) and choice.why == "no_model":
-        return ask_around(candidates, tried)
+        # A 404 would have `ollama run` pull what is there, on a host that is down.
+        return Miss("unusable") if down_with(ctx, model) else ask_around(candidates, tried)
     return choice
 
 

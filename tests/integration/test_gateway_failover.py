@@ -14,6 +14,7 @@ import pytest
 from osync.config import Settings
 from osync.gateway.http import HttpServer
 from tests.fakes.fault import Fault
+from tests.fakes.cluster import ScriptedNode, proxy
 from tests.fakes.ollama import FakeOllama, expected_text
 from tests.integration.rig import Rig, rig
 
@@ -150,3 +151,14 @@ async def test_unload_empties_every_node():
         async with client.post("/api/chat", data=b'{"model":"A:latest","messages":[],"keep_alive":0}') as r:
             assert (await r.json())["done_reason"] == "unload"
         await running.settled(lambda: not any(state.backend.loaded for state, _ in running.view.up()))
+
+
+async def test_a_model_whose_only_node_is_down_is_503_and_names_it():
+    gone = ScriptedNode("a", models=("m:latest",))
+    async with proxy(gone, ScriptedNode("b", models=("other:latest",), kind="engine")) as p:
+        p.view.peers[0].last = gone.state()
+        gone.up = False
+        for path in ("/api/chat", "/api/show"):
+            async with p.post(path, {"model": "m"}) as r:
+                assert r.status == 503, path
+                assert "a:50051 is down" in (await r.json())["error"]
