@@ -13,8 +13,8 @@ import pytest
 
 from osync.config import Settings
 from osync.gateway.http import HttpServer
-from tests.fakes.fault import Fault
 from tests.fakes.cluster import ScriptedNode, proxy
+from tests.fakes.fault import Fault
 from tests.fakes.ollama import FakeOllama, expected_text
 from tests.integration.rig import Rig, rig
 
