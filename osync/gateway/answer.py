@@ -41,11 +41,6 @@ class Answer:
         """True if its head announced how long it is."""
         return any(name.lower() == "content-length" for name, _ in self._headers)
 
-    @property
-    def ends_line(self) -> bool:
-        """True if what went out so far ends a line, or nothing did."""
-        return not self.sent or self.tail.endswith(b"\n")
-
     def stamp(self, headers: Headers) -> None:
         """Add headers to the head that is to come."""
         self._stamp += headers

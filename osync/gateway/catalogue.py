@@ -9,20 +9,18 @@ from urllib.parse import unquote
 import structlog
 
 from osync.core import merge
-from osync.errors import BadRequest, ModelNotFound, NoNodes, OsyncError, UpstreamError
+from osync.errors import BadRequest, ModelNotFound, OsyncError, UpstreamError
 from osync.gateway.context import Call, Context
 from osync.gateway.fetch import Answer, Result, fan_out, reason, relay_first
 from osync.gateway.fields import read_fields, text_of
-from osync.gateway.health import why_unusable
+from osync.gateway.health import no_replica, why_unusable
 from osync.gateway.relay import send_json, upstream_head
 from osync.gateway.targets import designated_node, ollamas, read_head, replicas, usable
 from osync.types import ModelInfo, NodeState, RequestHead
+from osync.version import OLLAMA_API
 from osync.wire import names
 
 log = structlog.get_logger("osync.gateway")
-
-OLLAMA_LEVEL = "0.33.0"
-"""The version of Ollama's API that osync itself speaks; clients turn features on by it."""
 
 PS_TIMEOUT_S = 6.0
 """An Ollama that unloads a model may hold /api/ps back for about 5 s."""
@@ -47,9 +45,9 @@ async def ps(ctx: Context, call: Call) -> None:
 async def version(ctx: Context, call: Call) -> None:
     """GET, HEAD /api/version: the lowest of the nodes' versions, osync's own level where there is none."""
     versions = [
-        state.backend.version if state.backend.kind == "ollama" else OLLAMA_LEVEL for state, _ in ctx.view.usable()
+        state.backend.version if state.backend.kind == "ollama" else OLLAMA_API for state, _ in ctx.view.usable()
     ]
-    await send_json(call, 200, {"version": merge.lowest_version(versions) or OLLAMA_LEVEL})
+    await send_json(call, 200, {"version": merge.lowest_version(versions) or OLLAMA_API})
 
 
 async def show(ctx: Context, call: Call) -> None:
@@ -75,8 +73,8 @@ async def show(ctx: Context, call: Call) -> None:
             return
     if results and all(isinstance(outcome, OsyncError) for _, _, outcome in results):
         _raise_failure(results)
-    if reason := why_unusable(ctx, names.canonical(name)):
-        raise NoNodes(f"no node that has model '{shown}' takes requests now: {reason}")
+    if why := why_unusable(ctx, names.canonical(name)):
+        raise no_replica(shown, why)
     raise ModelNotFound(f"model '{shown}' not found")
 
 

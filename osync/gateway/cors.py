@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 
-from osync.types import Headers, RequestHead
+from osync.types import Headers
 
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "0.0.0.0")  # noqa: S104 (matched against, never bound)
 _LOCAL_DOMAINS = (".localhost", ".local", ".internal")
@@ -52,11 +52,6 @@ class Policy:
         self._is_loopback = is_loopback
         self._hostname = hostname.lower()
         self._verdicts: dict[tuple[bool, str, str], Verdict] = {}
-
-    def judge(self, head: RequestHead) -> Verdict:
-        """Decide on a request by its head."""
-        fields = {name.lower(): value for name, value in reversed(head.headers)}
-        return self.decide(head.method, fields.get("origin", ""), fields.get("host", ""))
 
     def decide(self, method: str, origin: str, host: str) -> Verdict:
         """Decide on a request by its method, Origin and Host."""

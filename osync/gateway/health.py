@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from osync.cluster.view import Peer
+from osync.errors import NoNodes
 from osync.gateway import relay
 from osync.gateway.context import Call, Context
 from osync.telemetry.metrics import CONTENT_TYPE
@@ -50,6 +51,11 @@ def why_unusable(ctx: Context, model: str) -> str:
     having = {candidate.node_id for candidate in ctx.replicas.of(ctx.view, ctx.drained) if model in candidate.present}
     up = [peer for state, peer in ctx.view.up() if state.node_id in having]
     return "; ".join(filter(None, (_reason(ctx, peer) for peer in up + down_with(ctx, model))))
+
+
+def no_replica(model: str, why: str) -> NoNodes:
+    """Return the error of a model, by the name to show, that nodes have and none can serve now."""
+    return NoNodes(f"no node that has model '{model}' takes requests now: {why}")
 
 
 def down_with(ctx: Context, model: str) -> list[Peer]:

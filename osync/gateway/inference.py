@@ -26,7 +26,7 @@ from osync.errors import (
 from osync.gateway import passthrough, relay
 from osync.gateway.broken import SaidSo
 from osync.gateway.context import Call, Context
-from osync.gateway.health import down_with, why_not_ready, why_unusable
+from osync.gateway.health import down_with, no_replica, why_not_ready, why_unusable
 from osync.gateway.unload import unload
 from osync.net.exchange import Exchange
 from osync.types import NodeId, NodeState, RequestHead, ResponseHead
@@ -145,7 +145,7 @@ def _refusal(ctx: Context, call: Call, request: Inference, model: str, missed: C
             return ModelNotFound(f'model "{request.model}" not found, try pulling it first')
         return ModelNotFound(f"model '{request.model}' not found")
     if why == "unusable":
-        return NoNodes(f"no node that has model '{request.model}' takes requests now: {why_unusable(ctx, model)}")
+        return no_replica(request.model, why_unusable(ctx, model))
     return NoNodes(why_not_ready(ctx) or "the node went down")
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import orjson
 import pytest
 
-from osync.backend.engine import OLLAMA_API, EngineBackend
+from osync.backend.engine import EngineBackend
 from osync.backend.engine.runner import EngineLibrary
 from osync.config import Settings
 from osync.coordinator.request import Final, Piece
 from osync.coordinator.runner import RunnerSettings
 from osync.engine.sampling import SamplingOptions
 from osync.errors import CapacityError, ConfigError, ModelUnusable, NotSupported
+from osync.version import OLLAMA_API
 from tests.fakes.gguf import gguf, write
 from tests.fakes.serve import Answer, call
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 
 from osync.gateway.cors import Policy, Verdict
-from osync.types import RequestHead
 
 OPEN = Policy((), is_loopback=False, hostname="box")
 LOCAL = Policy((), is_loopback=True, hostname="box")
 
 
 def judge(policy: Policy, method: str = "POST", **headers: str) -> Verdict:
-    return policy.judge(RequestHead(method, "/api/chat", tuple((k.title(), v) for k, v in headers.items())))
+    return policy.decide(method, headers.get("origin", ""), headers.get("host", ""))
 
 
 @pytest.mark.parametrize(

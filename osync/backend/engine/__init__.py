@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from osync.backend.engine.backend import OLLAMA_API, EngineBackend
+from osync.backend.engine.backend import EngineBackend
 
-__all__ = ["OLLAMA_API", "EngineBackend"]
+__all__ = ["EngineBackend"]

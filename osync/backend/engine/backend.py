@@ -24,13 +24,10 @@ from osync.errors import BadRequest, CapacityError, ModelNotFound, NotSupported,
 from osync.net.exchange import Body, Responder
 from osync.net.tasks import Tasks
 from osync.types import BackendState, LoadedModel, RequestHead
+from osync.version import OLLAMA_API
 from osync.wire import names
 
 log = structlog.get_logger("osync.engine")
-
-OLLAMA_API = "0.33.0"
-"""The Ollama release whose API this backend follows: what /api/version answers, since clients decide
-by it what they may ask for. osync's own version is in the gateway's /api/status."""
 
 SCAN_INTERVAL_S = 2.0  # a file that is dropped in appears by itself; a scan is a few stat calls
 
