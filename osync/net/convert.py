@@ -12,6 +12,8 @@ from osync.pb import node_pb2 as pb
 from osync.types import (
     BackendKind,
     BackendState,
+    EngineDevice,
+    EngineReport,
     Gpu,
     Headers,
     HostLoad,
@@ -34,6 +36,12 @@ _MODEL: Final = (
     "parameter_size", "quantization", "context_length", "embedding_length",
 )  # fmt: skip
 _LOADED: Final = ("name", "digest", "size", "size_vram", "expires_at", "context_length", "active")
+
+_ENGINE: Final = (
+    "version", "commit", "system_info", "gpu_offload", "mmap", "mlock", "rpc",
+    "flash_attention", "kv_cache_keys", "kv_cache_values", "numa", "threads",
+)  # fmt: skip
+_DEVICE: Final = ("name", "description", "kind", "backend", "memory_total", "memory_free", "used")
 
 
 def join_headers(headers: Headers) -> bytes:
@@ -118,6 +126,10 @@ def fill_state(target: pb.NodeState, state: NodeState) -> None:
         backend.models.add(families=model.families, capabilities=model.capabilities, **fields)
     for loaded in source.loaded:
         backend.loaded.add(**_pick(loaded, _LOADED))
+    if source.engine is not None:
+        backend.engine.MergeFrom(pb.EngineReport(**_pick(source.engine, _ENGINE)))
+        for device in source.engine.devices:
+            backend.engine.devices.add(**_pick(device, _DEVICE))
     load = state.load
     target.load.cpu_percent = load.cpu_percent
     target.load.cpu_count = load.cpu_count
@@ -153,6 +165,7 @@ def state_from(source: pb.NodeState) -> NodeState:
             slots=backend.slots,
             active=backend.active,
             queued=backend.queued,
+            engine=_engine(backend.engine) if backend.HasField("engine") else None,
         ),
         load=HostLoad(
             cpu_percent=source.load.cpu_percent,
@@ -168,3 +181,8 @@ def state_from(source: pb.NodeState) -> NodeState:
 def _models(source: Iterable[pb.ModelInfo]) -> Iterator[ModelInfo]:
     for model in source:
         yield ModelInfo(families=tuple(model.families), capabilities=tuple(model.capabilities), **_pick(model, _MODEL))
+
+
+def _engine(source: pb.EngineReport) -> EngineReport:
+    devices = tuple(EngineDevice(**_pick(device, _DEVICE)) for device in source.devices)
+    return EngineReport(devices=devices, **_pick(source, _ENGINE))

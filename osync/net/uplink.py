@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import Any, Final
 
 import grpc
 import structlog
 
 from osync.errors import UpstreamUnavailable, WireError
+from osync.net.channel import open_channel
 from osync.net.convert import PROTOCOL, state_from
 from osync.net.guard import rpc_guard
-from osync.net.options import CHANNEL, describe
+from osync.net.options import describe
 from osync.net.remote import RemoteExchange, Session
 from osync.net.tasks import Tasks
 from osync.pb import node_pb2 as pb
@@ -79,7 +79,7 @@ class RemoteLink:
         return self._session.open(head, body)
 
     async def _keep(self) -> None:
-        async with _channel(self._address) as channel:
+        async with open_channel(self._address) as channel:
             stub = node_pb2_grpc.NodeStub(channel)
             while True:
                 await self._connected(stub)
@@ -157,13 +157,3 @@ class RemoteLink:
     def _notify(self) -> None:
         for notify in self._listeners:
             notify()
-
-
-@asynccontextmanager
-async def _channel(address: str) -> AsyncIterator[grpc.aio.Channel]:
-    """Hold a channel; it is closed after the tasks that use it have ended."""
-    channel = grpc.aio.insecure_channel(address, options=CHANNEL)
-    try:
-        yield channel
-    finally:
-        await channel.close()

@@ -252,6 +252,7 @@ class BackendState(_message.Message):
     SLOTS_FIELD_NUMBER: _builtins.int
     ACTIVE_FIELD_NUMBER: _builtins.int
     QUEUED_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     ok: _builtins.bool
     error: _builtins.str
@@ -263,6 +264,10 @@ class BackendState(_message.Message):
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelInfo]: ...
     @_builtins.property
     def loaded(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoadedModel]: ...
+    @_builtins.property
+    def engine(self) -> Global___EngineReport:
+        """of an engine, once llama.cpp is loaded"""
+
     def __init__(
         self,
         *,
@@ -275,14 +280,113 @@ class BackendState(_message.Message):
         slots: _builtins.int = ...,
         active: _builtins.int = ...,
         queued: _builtins.int = ...,
+        engine: Global___EngineReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "error", b"error", "kind", b"kind", "loaded", b"loaded", "models", b"models", "ok", b"ok", "queued", b"queued", "slots", b"slots", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "engine", b"engine", "error", b"error", "kind", b"kind", "loaded", b"loaded", "models", b"models", "ok", b"ok", "queued", b"queued", "slots", b"slots", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BackendState: _TypeAlias = BackendState  # noqa: Y015
+
+@_typing.final
+class EngineReport(_message.Message):
+    """What llama.cpp was built with, and how the node uses it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    COMMIT_FIELD_NUMBER: _builtins.int
+    SYSTEM_INFO_FIELD_NUMBER: _builtins.int
+    GPU_OFFLOAD_FIELD_NUMBER: _builtins.int
+    MMAP_FIELD_NUMBER: _builtins.int
+    MLOCK_FIELD_NUMBER: _builtins.int
+    RPC_FIELD_NUMBER: _builtins.int
+    FLASH_ATTENTION_FIELD_NUMBER: _builtins.int
+    KV_CACHE_KEYS_FIELD_NUMBER: _builtins.int
+    KV_CACHE_VALUES_FIELD_NUMBER: _builtins.int
+    NUMA_FIELD_NUMBER: _builtins.int
+    THREADS_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
+    version: _builtins.str
+    commit: _builtins.str
+    system_info: _builtins.str
+    gpu_offload: _builtins.bool
+    mmap: _builtins.bool
+    mlock: _builtins.bool
+    rpc: _builtins.bool
+    flash_attention: _builtins.str
+    """auto, on, off"""
+    kv_cache_keys: _builtins.str
+    kv_cache_values: _builtins.str
+    numa: _builtins.str
+    threads: _builtins.int
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineDevice]: ...
+    def __init__(
+        self,
+        *,
+        version: _builtins.str = ...,
+        commit: _builtins.str = ...,
+        system_info: _builtins.str = ...,
+        gpu_offload: _builtins.bool = ...,
+        mmap: _builtins.bool = ...,
+        mlock: _builtins.bool = ...,
+        rpc: _builtins.bool = ...,
+        flash_attention: _builtins.str = ...,
+        kv_cache_keys: _builtins.str = ...,
+        kv_cache_values: _builtins.str = ...,
+        numa: _builtins.str = ...,
+        threads: _builtins.int = ...,
+        devices: _abc.Iterable[Global___EngineDevice] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit", b"commit", "devices", b"devices", "flash_attention", b"flash_attention", "gpu_offload", b"gpu_offload", "kv_cache_keys", b"kv_cache_keys", "kv_cache_values", b"kv_cache_values", "mlock", b"mlock", "mmap", b"mmap", "numa", b"numa", "rpc", b"rpc", "system_info", b"system_info", "threads", b"threads", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EngineReport: _TypeAlias = EngineReport  # noqa: Y015
+
+@_typing.final
+class EngineDevice(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    BACKEND_FIELD_NUMBER: _builtins.int
+    MEMORY_TOTAL_FIELD_NUMBER: _builtins.int
+    MEMORY_FREE_FIELD_NUMBER: _builtins.int
+    USED_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    description: _builtins.str
+    kind: _builtins.str
+    """cpu, gpu, igpu, accel"""
+    backend: _builtins.str
+    """such as CUDA"""
+    memory_total: _builtins.int
+    memory_free: _builtins.int
+    used: _builtins.bool
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        description: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        backend: _builtins.str = ...,
+        memory_total: _builtins.int = ...,
+        memory_free: _builtins.int = ...,
+        used: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "description", b"description", "kind", b"kind", "memory_free", b"memory_free", "memory_total", b"memory_total", "name", b"name", "used", b"used"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EngineDevice: _TypeAlias = EngineDevice  # noqa: Y015
 
 @_typing.final
 class ModelInfo(_message.Message):
