@@ -18,6 +18,7 @@ OsyncError
 └─ UpstreamError               502, a backend or a node broke
    ├─ UpstreamUnavailable      nothing was sent to the client yet: another node may be tried
    ├─ UpstreamTimeout          504
+   ├─ StageLost                a pipeline lacks a stage; it may be made anew
    └─ StreamBroken             after the first byte of an answer
 """
 
@@ -147,3 +148,9 @@ class UpstreamTimeout(UpstreamError):
 
 class StreamBroken(UpstreamError):
     """An answer stopped before its end."""
+
+
+class StageLost(UpstreamError):
+    """A shard of a pipeline is gone, or the way to it; the pipeline may be made anew."""
+
+    retryable = True
