@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check proto format bench bench-gateway build clean setup setup-dev
+.PHONY: help run test check proto format bench bench-gateway bench-engine build clean setup setup-dev
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -32,10 +32,14 @@ format: setup-dev ## rewrite the code in the project's format
 	$(VENV)/ruff format .
 	$(VENV)/ruff check --fix .
 
-bench: bench-gateway ## all benchmarks
+bench: bench-gateway bench-engine ## all benchmarks
 
 bench-gateway: setup-dev ## what the gateway adds, beside a plain relay, nginx, and no proxy at all
 	$(VENV)/python -m tests.bench.gateway $(ARGS)
+
+bench-engine: ## the engine, beside llama.cpp's bare C API and llama-cpp-python's server
+	@$(PYTHON) scripts/setup.py --model engine dev bench
+	$(VENV)/python -m tests.bench.engine $(ARGS)
 
 build: setup-dev ## wheel and sdist in dist/
 	$(VENV)/python -m pip install -q --disable-pip-version-check build

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -17,7 +18,12 @@ from typing import Any
 
 from osync.errors import ConfigError
 
-ROLES = ("proxy", "node")
+ROLES = ("proxy", "node", "shard")
+QUANTIZATIONS = (
+    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "f16",
+    "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k",
+)  # fmt: skip
+"""What `--quantize` may ask for."""
 
 
 def setting(
@@ -40,7 +46,7 @@ class Settings:
     """Effective settings of one daemon, checked. Durations in seconds, sizes in bytes."""
 
     role: tuple[str, ...] = setting(
-        ROLES, "role of this daemon, repeatable", env=("OSYNC_ROLE",), split=True, choices=ROLES
+        ("proxy", "node"), "role of this daemon, repeatable", env=("OSYNC_ROLE",), split=True, choices=ROLES
     )
     host: str = setting("127.0.0.1", "address that all listeners bind", env=("OSYNC_HOST",))
     port: int = setting(8000, "HTTP port of the proxy role", env=("OSYNC_PORT", "OLOL_PORT"))
@@ -69,19 +75,49 @@ class Settings:
     )
     device: str = setting(
         "auto",
-        "engine: auto, cpu, cuda, metal, vulkan",
-        env=("OSYNC_DEVICE",),
+        "engine: auto (what is there), cpu, cuda, metal, vulkan",
+        env=("OSYNC_DEVICE", "OLLAMA_LLM_LIBRARY"),
         choices=("auto", "cpu", "cuda", "metal", "vulkan"),
+    )
+    main_gpu: int = setting(-1, "engine: the one GPU to use, by its number; -1: as fits", env=("OSYNC_MAIN_GPU",))
+    num_gpu: int = setting(-1, "engine: layers on the GPU; -1: as many as fit", env=("OSYNC_NUM_GPU",))
+    gpu_overhead: str = setting("0", "engine: memory of each GPU to leave free", env=("OLLAMA_GPU_OVERHEAD",))
+    sched_spread: bool = setting(False, "engine: over all GPUs, also what fits on one", env=("OLLAMA_SCHED_SPREAD",))
+    vulkan: bool = setting(True, "engine: may device auto be Vulkan", env=("OLLAMA_VULKAN",))
+    igpu: str = setting(
+        "auto",
+        "engine: integrated GPUs: auto (where there is no other), on, off",
+        env=("OLLAMA_IGPU_ENABLE",),
+        choices=("auto", "on", "off"),
     )
     flash_attention: str = setting(
         "auto", "engine: auto, on, off", env=("OLLAMA_FLASH_ATTENTION",), choices=("auto", "on", "off")
+    )
+    kv_cache_type: str = setting(
+        "f16",
+        "engine: f16, q8_0 or q4_0; quantized values need flash attention",
+        env=("OLLAMA_KV_CACHE_TYPE",),
+        choices=("f32", "f16", "q8_0", "q4_0"),
+    )
+    quantize: str = setting(
+        "",
+        "engine: quantization to prefer, such as q4_0 or q4_k_m; made of an f16, bf16 or f32 file where none fits",
+        env=("OLLAMA_QUANTIZE",),
     )
     context_window: int = setting(
         0,
         "engine: context length; 0: the model's, 8192 at most",
         env=("OLLAMA_CONTEXT_WINDOW", "OLLAMA_CONTEXT_LENGTH"),
     )
-    threads: int = setting(0, "engine: threads; 0: as many as cores", env=("OSYNC_THREADS",))
+    threads: int = setting(0, "engine: threads; 0: as many as cores, from 8 on one fewer", env=("OSYNC_THREADS",))
+    numa: str = setting(
+        "off",
+        "engine: off, distribute, isolate, numactl",
+        env=("OLLAMA_NUMA",),
+        choices=("off", "distribute", "isolate", "numactl"),
+    )
+    memory_lock: bool = setting(False, "engine: keep models from being swapped out", env=("OLLAMA_MEMORY_LOCK",))
+    memory: str = setting("80%", "engine: memory for models: 80% of what is free, 12GiB, bytes", env=("OSYNC_MEMORY",))
     parallel: int = setting(4, "engine: sequences at once per model", env=("OLLAMA_NUM_PARALLEL",))
     max_queue: int = setting(512, "engine: requests that may wait", env=("OLLAMA_MAX_QUEUE",))
     max_loaded_models: int = setting(0, "engine: models in memory; 0: three", env=("OLLAMA_MAX_LOADED_MODELS",))
@@ -91,6 +127,29 @@ class Settings:
         False,
         "engine: the same request gives the same bytes, alone or beside others",
         env=("OSYNC_DETERMINISTIC",),
+    )
+    distributed: bool = setting(True, "proxy: may split models over shards", env=("OSYNC_DISTRIBUTED",))
+    distributed_threshold: str = setting(
+        "13B",
+        "proxy: parameters from which a model is split where that is faster",
+        env=("OSYNC_DISTRIBUTED_THRESHOLD",),
+    )
+    activation_dtype: str = setting(
+        "f32",
+        "proxy: what stages send each other: f32, or f16 and q8 for slow links",
+        env=("OSYNC_ACTIVATION_DTYPE",),
+        choices=("f32", "f16", "q8"),
+    )
+    stage_timeout: str = setting(
+        "5s", "proxy: how long a pipeline may be without progress before it is made anew", env=("OSYNC_STAGE_TIMEOUT",)
+    )
+    draft_model: str = setting(
+        "",
+        "proxy: small model with the same vocabulary that drafts tokens for pipelines",
+        env=("OSYNC_DRAFT_MODEL",),
+    )
+    slice_cache: str = setting(
+        "20GiB", "shard: disk for slices of models: 20GiB, bytes, 50% of the disk", env=("OSYNC_SLICE_CACHE",)
     )
     origins: tuple[str, ...] = setting(
         (),
@@ -106,7 +165,7 @@ class Settings:
     log_level: str = setting(
         "INFO",
         "DEBUG, INFO, WARNING, ERROR",
-        env=("OLOL_LOG_LEVEL", "OSYNC_LOG_LEVEL"),
+        env=("OLOL_LOG_LEVEL", "OSYNC_LOG_LEVEL", "OLLAMA_LOG_LEVEL", "OLLAMA_DEBUG"),
         choices=("DEBUG", "INFO", "WARNING", "ERROR"),
     )
     log_format: str = setting(
@@ -211,7 +270,7 @@ def _convert(f: dataclasses.Field[Any], raw: Any, where: str) -> Any:
         elif "Path" in kind:
             value = Path(str(raw)).expanduser()
         else:
-            value = _word(f, str(raw))
+            value = _word(f, str(raw), where)
     except ValueError as error:
         raise ConfigError(f"{f.name} from {where}: {raw!r} does not fit ({error})") from error
     choices = f.metadata["choices"]
@@ -222,14 +281,61 @@ def _convert(f: dataclasses.Field[Any], raw: Any, where: str) -> Any:
     return value
 
 
-def _word(f: dataclasses.Field[Any], raw: str) -> str:
-    if f.name == "flash_attention" and raw.lower() in _TRUE | _FALSE:
-        return "on" if raw.lower() in _TRUE else "off"
+_NUMBER_OR_WORD = {
+    "flash_attention": ("on", "off"),
+    "igpu": ("on", "off"),
+    "numa": ("distribute", "off"),  # llama.cpp's own meaning of a bare --numa
+}
+"""Settings whose variable Ollama knows as true or false: what either means."""
+
+
+def _word(f: dataclasses.Field[Any], raw: str, where: str) -> str:
+    low = raw.lower()
+    if f.name in _NUMBER_OR_WORD and low in _TRUE | _FALSE:
+        return _NUMBER_OR_WORD[f.name][low in _FALSE]
     if f.name == "log_level":
-        return {"WARN": "WARNING"}.get(raw.upper(), raw.upper())
+        if where.endswith("OLLAMA_DEBUG"):  # true, or a depth: 1 debug, 2 trace
+            return "INFO" if low in _FALSE else "DEBUG"
+        return {"WARN": "WARNING", "TRACE": "DEBUG"}.get(raw.upper(), raw.upper())
+    if f.name == "device" and where.endswith("OLLAMA_LLM_LIBRARY"):  # such as cuda_v13 or cpu_avx2
+        return next((kind for kind in ("cpu", "cuda", "metal", "vulkan") if low.startswith(kind)), "auto")
+    if f.name in {"kv_cache_type", "quantize", "numa"}:
+        return low
     if f.name == "ollama_host" and "://" not in raw:
         return _ollama_url(raw)
     return raw
+
+
+_MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*(%|(?:[kmgt]i?)?b?)", re.IGNORECASE)
+
+
+def parse_memory(text: str) -> tuple[int, float]:
+    """Read an amount of memory as (bytes, share of what is free); one of them is 0, or both. Units are
+    powers of 1024. Raises ConfigError."""
+    match = _MEMORY.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(f"{text!r} is no amount of memory; say bytes, such as 12GiB, or a share, such as 80%")
+    number, unit = float(match.group(1)), match.group(2).lower()
+    if unit == "%":
+        if number > 100:
+            raise ConfigError(f"{text!r} of the memory is more than there is")
+        return 0, number / 100
+    amount = int(number * 1024.0 ** "bkmgt".index((unit or "b")[0]))
+    if amount >= 1 << 63:
+        raise ConfigError(f"{text!r} is more memory than any computer has")
+    return amount, 0.0
+
+
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmbt]?)", re.IGNORECASE)
+_SPAN = re.compile(r"\d+|(?:\d+(?:\.\d+)?(?:ms|s|m|h))+")
+
+
+def parse_count(text: str) -> int:
+    """Read a number of parameters: 13B, 700M, 134.52M, 1000. Raises ConfigError."""
+    match = _COUNT.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(f"{text!r} is no number of parameters; say 13B, 700M, or a plain number")
+    return int(float(match.group(1)) * 1000.0 ** " kmbt".index(match.group(2).lower() or " "))
 
 
 def _ollama_url(raw: str) -> str:
@@ -249,6 +355,7 @@ def _check(settings: Settings) -> None:
     for name in ("context_window", "threads", "max_loaded_models", "drain_timeout"):
         if getattr(settings, name) < 0:
             raise ConfigError(f"{name} must not be negative")
+    _check_engine(settings)
     if not settings.role:
         raise ConfigError("no role given; say --role proxy, --role node, or both")
     for peer in settings.peers:
@@ -260,6 +367,27 @@ def _check(settings: Settings) -> None:
             f"listening on {settings.host} would open this daemon to the network without any authentication; "
             "add --insecure if that is meant, or listen on 127.0.0.1"
         )
+
+
+def _check_engine(settings: Settings) -> None:
+    for name in ("main_gpu", "num_gpu"):
+        if getattr(settings, name) < -1:
+            raise ConfigError(f"{name} must be -1 or more, not {getattr(settings, name)}")
+    for name in ("memory", "gpu_overhead", "slice_cache"):
+        try:
+            amount, share = parse_memory(getattr(settings, name))
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
+        if name == "memory" and not amount and not share:
+            raise ConfigError("memory must be more than nothing")
+    try:
+        parse_count(settings.distributed_threshold)
+    except ConfigError as error:
+        raise ConfigError(f"distributed_threshold: {error}") from None
+    if not _SPAN.fullmatch(settings.stage_timeout) or not re.search("[1-9]", settings.stage_timeout):
+        raise ConfigError(f"stage_timeout: {settings.stage_timeout!r} is no duration; say 5s, 800ms, or 2m")
+    if settings.quantize and settings.quantize not in QUANTIZATIONS:
+        raise ConfigError(f"quantize: {settings.quantize!r} is not one of {', '.join(QUANTIZATIONS)}")
 
 
 def default_state_dir(env: Mapping[str, str] | None = None) -> Path:

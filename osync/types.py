@@ -7,7 +7,7 @@ from typing import Literal, NewType
 
 NodeId = NewType("NodeId", str)
 Headers = tuple[tuple[str, str], ...]
-BackendKind = Literal["ollama", "engine"]
+BackendKind = Literal["ollama", "engine", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,8 @@ class LoadedModel:
     context_length: int = 0
     active: int = 0
     """Requests that it works on now."""
+    queued: int = 0
+    """Requests that wait for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,44 @@ class HostLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineDevice:
+    """Something that llama.cpp can compute on; memory in bytes."""
+
+    name: str
+    """llama.cpp's own, such as CUDA0."""
+    description: str = ""
+    kind: str = ""
+    """cpu, gpu, igpu or accel."""
+    backend: str = ""
+    """The part of llama.cpp that drives it, such as CUDA."""
+    memory_total: int = 0
+    memory_free: int = 0
+    used: bool = False
+    """True if the settings let models go there."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReport:
+    """What the installed llama.cpp was built with, and how the settings use it."""
+
+    version: str = ""
+    commit: str = ""
+    system_info: str = ""
+    """llama.cpp's line of instruction sets and options."""
+    gpu_offload: bool = False
+    mmap: bool = False
+    mlock: bool = False
+    rpc: bool = False
+    flash_attention: str = ""
+    """auto, on or off."""
+    kv_cache_keys: str = ""
+    kv_cache_values: str = ""
+    numa: str = ""
+    threads: int = 0
+    devices: tuple[EngineDevice, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class BackendState:
     """What a backend knows of itself."""
 
@@ -97,6 +137,42 @@ class BackendState:
     """Requests per loaded model that run at once."""
     active: int = 0
     queued: int = 0
+    engine: EngineReport | None = None
+    """Of an engine, once llama.cpp is loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldStage:
+    """A stage that a shard holds for a coordinator. Sizes in bytes."""
+
+    pipeline: str
+    owner: str
+    """Node id of the coordinator's daemon."""
+    model: str
+    first: int
+    last: int
+    layers: int
+    size: int = 0
+    state: str = ""
+    """waiting, fetching, loading, ready, failed or retained."""
+    progress: float = 0.0
+    """Of fetching, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardState:
+    """What a shard lends. Memory in bytes."""
+
+    engine: str = ""
+    """Version of llama.cpp: stages of one pipeline need the same."""
+    memory: int = 0
+    memory_free: int = 0
+    """Not held by stages."""
+    s_per_byte: float = 0.0
+    """Measured time that a byte of weights takes in the evaluation of one token."""
+    digests: tuple[str, ...] = ()
+    """Of the models on its disk: it needs no other host to load their stages."""
+    stages: tuple[HeldStage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,3 +189,5 @@ class NodeState:
     draining: bool = False
     started_at: float = 0.0
     """Unix time."""
+    shard: ShardState | None = None
+    """Set where the daemon has the role."""

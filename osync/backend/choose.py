@@ -27,7 +27,7 @@ _INSTALL = "; or have osync run models itself: pip install 'osync[engine]'"
 async def choose(settings: Settings) -> Backend:
     """Return the backend that the settings ask for, not started. Raises ConfigError."""
     if settings.backend == "engine":
-        return _engine(settings)
+        return await _engine(settings)
     if _is_own_address(settings):
         raise ConfigError(
             f"ollama_host {settings.ollama_host} is the address of this very proxy, which would ask itself for ever; "
@@ -40,7 +40,7 @@ async def choose(settings: Settings) -> Backend:
         return _ollama(settings)
     if _has_engine():
         log.info("backend_chosen", backend="engine", reason=f"no Ollama answers at {settings.ollama_host}")
-        return _engine(settings)
+        return await _engine(settings)
     log.warning("backend_chosen", backend="ollama", reason="no Ollama answers, and the engine is not installed")
     return _ollama(settings, hint=_INSTALL)
 
@@ -52,12 +52,18 @@ def _ollama(settings: Settings, hint: str = "") -> Backend:
     return OllamaBackend(settings.ollama_host, hint=hint)
 
 
-def _engine(settings: Settings) -> Backend:
+async def _engine(settings: Settings) -> Backend:
     if not _has_engine():
         raise ConfigError("the engine is not installed; run: pip install 'osync[engine]'")
     # Only here: llama.cpp and numpy cost seconds and memory that an Ollama node need not pay.
     from osync.backend.engine import EngineBackend
 
+    if settings.device not in {"auto", "cpu"} or settings.main_gpu >= 0:
+        # It costs a second, and who names a device wants to hear now that it is not there.
+        from osync.backend.engine.runner import accelerators
+        from osync.engine.devices import require
+
+        await asyncio.to_thread(require, accelerators(settings))
     backend: Backend = EngineBackend(settings)
     return backend
 

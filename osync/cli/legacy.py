@@ -94,7 +94,8 @@ def add_to(app: typer.Typer) -> None:
         app.command(name, rich_help_panel="As in the original")(command)
 
 
-def _script(name: str, command: Callable[..., None]) -> None:
+def script(name: str, command: Callable[..., None]) -> None:
+    """Run one command as a program of its own."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(name)(command)
     app(prog_name=name)
@@ -102,14 +103,14 @@ def _script(name: str, command: Callable[..., None]) -> None:
 
 def server() -> None:
     """Entry point of osync-server."""
-    _script("osync-server", _server)
+    script("osync-server", _server)
 
 
 def proxy() -> None:
     """Entry point of osync-proxy."""
-    _script("osync-proxy", _proxy)
+    script("osync-proxy", _proxy)
 
 
 def client() -> None:
     """Entry point of osync-client."""
-    _script("osync-client", _client)
+    script("osync-client", _client)

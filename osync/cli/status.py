@@ -10,6 +10,8 @@ import typer
 from osync.cli.tables import ago, print_table, size
 from osync.client.answers import StatusResponse
 
+_SHARD_HEADINGS = ("shard", "address", "state", "engine", "lends", "free", "round trip", "stages")
+_PIPELINE_HEADINGS = ("pipeline", "model", "stage", "shard", "layers", "state", "memory", "ms/frame", "wire", "queue")
 _HEADINGS = ("node", "address", "state", "backend", "load", "models", "in memory", "cpu", "free memory", "seen")
 
 
@@ -22,10 +24,16 @@ def print_status(cluster: StatusResponse) -> None:
         f"{_count(len(cluster.models), 'model')}, {_count(int(figures.get('in_flight', 0)), 'request')} running, "
         f"{figures.get('errors', 0)} of {figures.get('total', 0)} failed so far"
     )
-    if not cluster.nodes:
+    if cluster.nodes:
+        print_table(_HEADINGS, [_row(node) for node in cluster.nodes])
+    elif not cluster.shards:
         typer.echo("No node: start one with `osyncd --role node`, and name it with --servers host:port.")
-        return
-    print_table(_HEADINGS, [_row(node) for node in cluster.nodes])
+    if cluster.shards:
+        print_table(_SHARD_HEADINGS, [_shard(shard) for shard in cluster.shards], title="Shards")
+    for pipeline in cluster.pipelines:
+        typer.echo(_pipeline(pipeline))
+    if cluster.pipelines:
+        print_table(_PIPELINE_HEADINGS, [row for p in cluster.pipelines for row in _stages(p)], title="Pipelines")
     for node in cluster.nodes:
         if error := _reason(node):
             typer.echo(f"{node.get('hostname') or node.get('address')}: {error}")
@@ -51,6 +59,54 @@ def _row(node: Mapping[str, Any]) -> tuple[str, ...]:
         f"{size(memory['free'])} of {size(memory['total'])}" if memory.get("total") else "-",
         ago(str(node.get("last_heartbeat") or "")),
     )
+
+
+def _shard(shard: Mapping[str, Any]) -> tuple[str, ...]:
+    memory = _table(shard, "memory")
+    state = "down" if not shard.get("online") else "draining" if shard.get("draining") else "up"
+    return (
+        str(shard.get("hostname") or "-"),
+        str(shard.get("address") or "-"),
+        state,
+        str(shard.get("engine") or "-"),
+        size(memory.get("total") or 0),
+        size(memory.get("free") or 0),
+        _milliseconds(shard.get("round_trip_s")),
+        str(len(shard.get("stages") or ())),
+    )
+
+
+def _pipeline(pipeline: Mapping[str, Any]) -> str:
+    stages = _count(len(pipeline.get("stages") or ()), "stage")
+    text = (
+        f"pipeline {pipeline.get('name')}: {pipeline.get('model')} in {stages}, "
+        f"{size(pipeline.get('size') or 0)}, {pipeline.get('tokens_per_s', 0):.1f} tokens/s, "
+        f"{pipeline.get('active', 0)} running +{pipeline.get('queued', 0)}, "
+        f"made anew {_count(int(pipeline.get('recoveries', 0)), 'time')}"
+    )
+    return f"{text}: {pipeline['error']}" if pipeline.get("error") else text
+
+
+def _stages(pipeline: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (
+            str(pipeline.get("name")),
+            str(pipeline.get("model")),
+            str(number),
+            str(stage.get("hostname") or stage.get("address")),
+            f"{stage.get('first', 0)}-{int(stage.get('last', 1)) - 1}",
+            str(stage.get("state") or "-"),
+            size((stage.get("weight_bytes") or 0) + (stage.get("kv_bytes") or 0)),
+            _milliseconds(stage.get("frame_busy_s")),
+            _milliseconds(stage.get("frame_wire_s")),
+            str(stage.get("queued", "-")),
+        )
+        for number, stage in enumerate(pipeline.get("stages") or ())
+    ]
+
+
+def _milliseconds(seconds: object) -> str:
+    return f"{seconds * 1000:.1f} ms" if isinstance(seconds, (int, float)) else "-"
 
 
 def _state(node: Mapping[str, Any]) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from osync.cli import legacy
+from osync.cli import distributed, legacy
 from osync.cli.options import Host, Json, Options, Port, Url, connect, model_options, reported
 from osync.cli.tables import ago, print_json, print_table, size
 from osync.client.answers import ShowResponse
@@ -45,6 +46,36 @@ def status(host: Host = None, port: Port = None, url: Url = None, as_json: Json 
         print_json(cluster.raw)
     else:
         print_status(cluster)
+
+
+@app.command()
+@reported
+def plan(
+    model: Model,
+    stages: Annotated[int | None, typer.Option(help="At most so many stages.", min=1)] = None,
+    shards: Annotated[
+        list[str] | None, typer.Option(help="Only these, by address, node id or host; commas or repeated.")
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of one sequence.", min=1)] = None,
+    host: Host = None,
+    port: Port = None,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Show how a model would be split over the shards now, and why. Status 1 where it cannot be."""
+    with connect(host, port, url) as client:
+        found = client.plan(model, stages=stages, shards=distributed.listed(shards), context=context)
+    if as_json:
+        print_json(found.raw)
+    elif found.plan:
+        print_table(found.table["header"], found.table["rows"])
+        typer.echo(found.reason)
+        where = "split" if found.decision.get("is_split") else f"whole, on {found.decision.get('node') or 'no node'}"
+        typer.echo(f"{found.model} is served {where}: {found.decision.get('reason')}")
+    else:
+        typer.echo(f"{found.model} cannot be split: {found.reason}")
+    if not found.plan:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -210,6 +241,19 @@ def _properties(known: ShowResponse) -> list[tuple[str, str]]:
 
 @app.command()
 @reported
+def doctor(
+    file: Annotated[Path | None, typer.Option("--config", help="Settings to look at, beside the environment.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Look at this host as osyncd would: engine, Ollama, models, ports, security. Status 1 on a problem."""
+    from osync.cli.doctor import examine, print_findings
+
+    if not print_findings(examine(file=file), as_json=as_json):
+        raise typer.Exit(1)
+
+
+@app.command()
+@reported
 def version(host: Host = None, port: Port = None, url: Url = None, as_json: Json = False) -> None:
     """Show the versions of this command and of the server."""
     answered: str | None = None
@@ -227,3 +271,4 @@ def version(host: Host = None, port: Port = None, url: Url = None, as_json: Json
 
 
 legacy.add_to(app)
+distributed.add_to(app)

@@ -298,6 +298,21 @@ class StatusResponse(Answer):
     version: str = ""
     node_id: str = ""
     nodes: tuple[Mapping[str, Any], ...] = ()
+    shards: tuple[Mapping[str, Any], ...] = ()
+    pipelines: tuple[Mapping[str, Any], ...] = ()
     models: tuple[Mapping[str, Any], ...] = ()
     proxies: tuple[Any, ...] = ()
     requests: Mapping[str, Any] = _table()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanResponse(Answer):
+    """How a model would be split over shards now. `plan` is empty where it cannot be, and `reason` says why."""
+
+    model: str = ""
+    reason: str = ""
+    decision: Mapping[str, Any] = _table()
+    """`is_split`, `reason`, and the `node` that would serve it whole."""
+    plan: Mapping[str, Any] = _table()
+    table: Mapping[str, Any] = _table()
+    """The plan for people: `header` and `rows`."""

@@ -18,6 +18,7 @@ from osync.client.answers import (
     GenerateResponse,
     ListResponse,
     Message,
+    PlanResponse,
     Progress,
     PsResponse,
     ShowResponse,
@@ -276,6 +277,12 @@ class AsyncOllamaClient:
     async def status(self) -> StatusResponse:
         """Return the cluster as the proxy sees it."""
         return StatusResponse.of((await self._object(calls.get("/api/status")))[0].get("osync"))
+
+    async def plan(
+        self, model: str, *, stages: int | None = None, shards: Sequence[str] = (), context: int | None = None
+    ) -> PlanResponse:
+        """Return how the proxy would split a model over its shards now, and whether it would."""
+        return PlanResponse.of((await self._object(calls.plan(model, stages, shards, context)))[0])
 
     async def close(self) -> None:
         """Close all streams and connections; the client cannot be used any more."""

@@ -6,6 +6,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlencode
 
 import orjson
 
@@ -83,6 +84,12 @@ def delete(model: str) -> Call:
 def get(path: str) -> Call:
     """Build a request without a body."""
     return Call("GET", path)
+
+
+def plan(model: str, stages: int | None, shards: Sequence[str], context: int | None) -> Call:
+    """Build /api/plan."""
+    given = {"model": model, "stages": stages, "shards": ",".join(shards) or None, "context": context}
+    return get("/api/plan?" + urlencode({name: value for name, value in given.items() if value is not None}))
 
 
 def split(given: Mapping[str, Any]) -> dict[str, Any]:

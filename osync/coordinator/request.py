@@ -90,6 +90,12 @@ class Request:
         """False where only the prompt is to be evaluated."""
         return self._limit > 0
 
+    def may_follow(self, ahead: int) -> bool:
+        """Tell whether another token may be wanted after `ahead` tokens that are not known yet."""
+        return (
+            self._sampled + ahead < self._limit and len(self.prompt) + len(self._tokens) + ahead < self._context_length
+        )
+
     def start(self, now_ns: int, reused: int) -> None:
         """The request got a slot that has `reused` of its tokens already."""
         self._started_ns = now_ns

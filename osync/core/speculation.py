@@ -30,7 +30,7 @@ class Guess:
     match: int
 
 
-_NOTHING: Final = Guess((), 0)
+NOTHING: Final = Guess((), 0)
 
 
 class Lookup:
@@ -63,7 +63,7 @@ class Lookup:
                 at = self._after[n].get(tuple(held[-n:]))
                 if at is not None:
                     return Guess(tuple(held[at : at + most]), n)
-        return _NOTHING
+        return NOTHING
 
 
 @dataclass(slots=True)

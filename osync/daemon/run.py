@@ -13,21 +13,30 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from osync.backend.absent import NoBackend
+from osync.backend.base import Backend
 from osync.backend.choose import choose
 from osync.cluster.membership import Membership
 from osync.config import Settings, default_state_dir
 from osync.daemon.identity import node_id
 from osync.daemon.notify import notify
+from osync.daemon.pipelines import Distribution
+from osync.daemon.shard import blobs_of, make_shard
 from osync.errors import OsyncError
 from osync.gateway.app import Gateway
 from osync.gateway.http import HttpServer
+from osync.net.blob import Find, add_blob_service
 from osync.net.downlink import add_node_service
 from osync.net.exchange import Serve
 from osync.net.inference import add_inference
 from osync.net.memory import MemoryLink
 from osync.net.server import RpcServer
+from osync.net.shard_service import add_shard_service
+from osync.net.tasks import Tasks
 from osync.node.role import NodeRole
+from osync.shard.role import ShardRole
 from osync.telemetry import log as logging
+from osync.telemetry.lag import LoopLag
 from osync.types import NodeId
 from osync.version import __version__
 
@@ -59,7 +68,9 @@ async def _run(settings: Settings) -> int:
             notify("READY=1")
             await stop.asked.wait()
             notify("STOPPING=1")
-            log.info("stopping", drain_s=settings.drain_timeout)
+            # A daemon without HTTP has no metrics to be scraped: it says it here.
+            lag_ms = round(daemon.lag.quantile(0.99) * 1e3, 1)
+            log.info("stopping", drain_s=settings.drain_timeout, loop_lag_p99_ms=lag_ms)
             await daemon.drain()
     log.info("stopped")
     return 0
@@ -101,30 +112,51 @@ class Daemon:
         self.rpc = RpcServer(settings.host, settings.grpc_port)
         self.node: NodeRole | None = None
         self.membership: Membership | None = None
+        self.shard: ShardRole | None = None
         self.http: HttpServer | None = None
         self.http_port = 0
+        self.distribution: Distribution | None = None
+        self.lag = LoopLag()
+        self._tasks = Tasks("daemon")
 
     async def start(self) -> None:
         """Bring up backend, gRPC, links and HTTP, in that order. Raises OsyncError."""
         settings = self.settings
+        self._tasks.spawn("lag", self.lag.watch())
         serve: Serve | None = None
-        if "node" in settings.role:
-            self.node = NodeRole(settings, await choose(settings), self.node_id)
+        backend: Backend | None = None
+        finders: list[Find] = []
+        if "node" in settings.role or "shard" in settings.role:
+            backend = await choose(settings) if "node" in settings.role else NoBackend()
+            if "shard" in settings.role:
+                self.shard = await make_shard(settings, backend)
+                add_shard_service(self.rpc, self.shard)
+            self.node = NodeRole(settings, backend, self.node_id, shard=self.shard)
             serve = self.node.serve
             add_node_service(self.rpc, self.node)
+            finders.append(blobs_of(settings, backend, self.shard))
         if "proxy" in settings.role:
             local = MemoryLink(self.node.serve, self.node.state) if self.node else None
             self.membership = Membership(settings, self.node_id, local)
             gateway = Gateway(settings, self.membership.view, self.node_id)
+            gateway.context.metrics.watch_loop(self.lag)
+            if settings.distributed:
+                self.distribution = Distribution(settings, self.node_id, self.membership, gateway.context)
+                finders.append(self.distribution.find_blob)
             serve = gateway.serve
             self.http = HttpServer(gateway, settings)
         assert serve is not None, "settings are checked to have a role"
         add_inference(self.rpc, serve)
+        add_blob_service(self.rpc, lambda digest: next(filter(None, (find(digest) for find in finders)), None))
+        if self.shard:
+            await self.shard.start()
         grpc_port = await self.rpc.start()
         if self.node:
             await self.node.start(grpc_port)
         if self.membership and self.http:
             await self.membership.start()
+            if self.distribution:
+                await self.distribution.start(grpc_port, backend, self.shard)
             self.http_port = await self.http.start()
         self._announce(grpc_port)
 
@@ -150,6 +182,8 @@ class Daemon:
         drain_s = self.settings.drain_timeout
         if self.node:
             self.node.drain()
+        if self.shard:
+            self.shard.drain()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(drain_s):
                 if self.http:
@@ -159,12 +193,16 @@ class Daemon:
 
     async def close(self) -> None:
         """End everything, whatever state it is in; a part that fails to end is logged."""
-        parts = []
+        parts = [self._tasks.close()]
         if self.http:
             parts.append(self.http.stop(0))
+        if self.distribution:
+            parts.append(self.distribution.close())
         if self.membership:
             parts.append(self.membership.close())
         parts.append(self.rpc.stop(1.0))
+        if self.shard:
+            parts.append(self.shard.close())
         if self.node:
             parts.append(self.node.close())
         for part in parts:

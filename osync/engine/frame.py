@@ -20,6 +20,8 @@ class Open:
     sampling: SamplingOptions
     history: tuple[int, ...] = ()
     """Tokens before it that penalties look at."""
+    drawn: int = 0
+    """Tokens that were sampled for it before, on stages that are gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,10 @@ class Truncate:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Make the first `length` tokens of `source`'s KV cache those of `target`, replacing what it had."""
+    """Make the first `length` tokens of `source`'s KV cache those of `target`, replacing what it had.
+
+    One of them may be a place where sequences are only kept; what is copied there is kept whole.
+    """
 
     source: int
     target: int
@@ -47,6 +52,11 @@ class Copy:
 
 
 Operation = Open | Close | Truncate | Copy
+
+
+SAMPLED = -1
+"""In place of the first token of `Rows`: the one that was sampled last for the sequence, in a frame before. For
+stages that know it sooner than who sends them frames (`Limits.runs_ahead`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +77,17 @@ class Frame:
     rows: tuple[Rows, ...] = ()
     operations: tuple[Operation, ...] = ()
 
+    def sequences(self, limit: int) -> list[int]:
+        """Return those of the first `limit` sequences that have rows, or whose KV cache an operation changes."""
+        changed = {rows.sequence for rows in self.rows}
+        for operation in self.operations:
+            match operation:
+                case Open(sequence) | Truncate(sequence):
+                    changed.add(sequence)
+                case Copy(_, target):
+                    changed.add(target)
+        return sorted(sequence for sequence in changed if sequence < limit)
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -75,5 +96,6 @@ class Outcome:
     sampled: Mapping[int, tuple[int, ...]]
     """Token ids by sequence."""
     undone: Mapping[int, int] | None = None
-    """Set where no row counts, because the evaluation was aborted or a cache could not be cut: what each
-    sequence of the frame has in its KV cache now. Nothing was sampled; operations were applied."""
+    """Set where no row counts, because the evaluation was aborted, a cache could not be cut, or rows do not follow
+    on what is there (what was sent after an undone frame): what each sequence of the frame has in its KV cache
+    now. Nothing was sampled; operations were applied."""

@@ -10,7 +10,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
@@ -80,6 +80,19 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a key lies with its value in the file, and its types as the format numbers them."""
+
+    offset: int
+    size_bytes: int
+    kind: int
+    item_kind: int
+    """Of an array's items, else -1."""
+    value_offset: int
+    """Of the value itself; of an array, its first item."""
+
+
+@dataclass(frozen=True, slots=True)
 class GGUFHeader:
     """What a checked GGUF file says of itself."""
 
@@ -89,6 +102,7 @@ class GGUFHeader:
     alignment: int
     header_bytes: int
     file_size: int
+    entries: Mapping[str, Entry] = field(default_factory=lambda: MappingProxyType({}))
 
     def text(self, key: str, default: str = "") -> str:
         """Return a string value, or the default where it is absent or no string."""
@@ -200,6 +214,23 @@ class _Cursor:
     def unsigned(self, code: str) -> int:
         return int(self.scalar(code))
 
+    def strings(self, count: int) -> tuple[str, ...]:
+        """Read `count` strings; tight, as a vocabulary is 100,000 of them and this holds the interpreter."""
+        items: list[str] = []
+        unpack, width = struct.Struct("<Q").unpack_from, 8
+        while len(items) < count:
+            buffer, at, end = self._buffer, self.position - self._base, len(self._buffer)
+            while len(items) < count and 0 <= at <= end - width:
+                (length,) = unpack(buffer, at)
+                if length > end - at - width or length > MAX_STRING_BYTES:
+                    break
+                items.append(buffer[at + width : at + width + length].decode(errors="replace"))
+                at += width + length
+            self.position = self._base + at
+            if len(items) < count:  # on the buffer's edge: this one fills it again, or says what is wrong
+                items.append(self.data(MAX_STRING_BYTES, "a string").decode(errors="replace"))
+        return tuple(items)
+
     def data(self, limit: int, name: str) -> bytes:
         length = self.unsigned("Q")
         if length > limit:
@@ -218,6 +249,15 @@ class _Cursor:
         if self.position + count > self._size:
             raise self.fault("the file is truncated: its header goes on beyond its end")
         self.position += count
+
+    def kinds(self) -> tuple[int, int]:
+        """Return the type of the value that comes next, and of its items if it is an array, else -1."""
+        at = self.need(4)
+        kind = int.from_bytes(self._buffer[at : at + 4], "little")
+        if kind != _ARRAY:
+            return kind, -1
+        at = self.need(8) + 4
+        return kind, int.from_bytes(self._buffer[at : at + 4], "little")
 
     def skip_strings(self, count: int, name: str) -> None:
         """Pass over strings without keeping them; tight, because vocabularies are long."""
@@ -266,28 +306,33 @@ def parse_header(read: Read, size: int, what: str = "model") -> GGUFHeader:
     tensor_count, key_count = cursor.unsigned("Q"), cursor.unsigned("Q")
     if tensor_count > MAX_TENSORS or key_count > MAX_KEYS:
         raise cursor.fault(f"the header claims {tensor_count} tensors and {key_count} keys: not plausible")
-    metadata = _metadata(cursor, key_count)
+    metadata, entries = _metadata(cursor, key_count)
     raw = metadata.get("general.alignment", 32)
     if not isinstance(raw, int) or raw < 1 or raw > MAX_ALIGNMENT or raw & (raw - 1):
         raise cursor.fault(f"general.alignment is {raw!r}, not a power of two")
     tensors, header_bytes = _tensors(cursor, tensor_count, raw, size)
-    header = GGUFHeader(version, MappingProxyType(metadata), tensors, raw, header_bytes, size)
+    header = GGUFHeader(version, MappingProxyType(metadata), tensors, raw, header_bytes, size, entries)
     if not header.architecture:
         raise cursor.fault("general.architecture is missing")
     return header
 
 
-def _metadata(cursor: _Cursor, count: int) -> dict[str, Value]:
+def _metadata(cursor: _Cursor, count: int) -> tuple[dict[str, Value], Mapping[str, Entry]]:
     metadata: dict[str, Value] = {}
+    entries: dict[str, Entry] = {}
     for _ in range(count):
+        start = cursor.position
         try:
             key = cursor.data(MAX_KEY_BYTES, "a key").decode()
         except UnicodeDecodeError as error:
             raise cursor.fault("a key is not UTF-8") from error
         if key in metadata:
             raise cursor.fault(f"the key {key!r} is there twice")
+        at = cursor.position
+        kind, item = cursor.kinds()
         metadata[key] = _value(cursor, key)
-    return metadata
+        entries[key] = Entry(start, cursor.position - start, kind, item, at + (4 if item < 0 else 16))
+    return metadata, MappingProxyType(entries)
 
 
 def _value(cursor: _Cursor, key: str) -> Value:
@@ -373,8 +418,7 @@ def read_array(path: Path, array: GGUFArray, limit: int | None = None) -> tuple[
             cursor = _Cursor(_reader(file.fileno()), os.fstat(file.fileno()).st_size, path.name)
             cursor.position = array.offset
             if array.item_type == _STRING:
-                items = (cursor.data(MAX_STRING_BYTES, "a string") for _ in range(count))
-                return tuple(item.decode(errors="replace") for item in items)
+                return cursor.strings(count)
             return cursor.numbers(_SCALARS[array.item_type], count)
     except OSError as error:
         raise ModelUnusable(f"{path.name}: cannot be read: {error.strerror or error}") from error

@@ -155,17 +155,23 @@ def _pipeline(text: str) -> tuple[tuple[str, ...], bool, Call]:
                 raise TemplateError("only variables can be set")
             names, tokens, is_new = tuple(v for _, v in left), tokens[index + 1 :], value == ":="
             break
-    call, rest = _commands(tokens, 0)
+    call, rest = _commands(tokens, 0, 0)
     if rest != len(tokens):
         raise TemplateError(f"unexpected {tokens[rest][1]!r}")
     return names, is_new, call
 
 
-def _commands(tokens: list[tuple[str, str]], at: int) -> tuple[Call, int]:
+def _commands(tokens: list[tuple[str, str]], at: int, depth: int) -> tuple[Call, int]:
     """Parse `command | command …`: each result is the last argument of the next."""
-    call, at = _command(tokens, at)
+    if depth > _MAX_DEPTH:
+        raise TemplateError("parentheses are nested too deeply")
+    call, at = _command(tokens, at, depth)
+    stages = 1
     while at < len(tokens) and tokens[at] == ("mark", "|"):
-        following, at = _command(tokens, at + 1)
+        following, at = _command(tokens, at + 1, depth)
+        stages += 1
+        if stages > _MAX_DEPTH:
+            raise TemplateError("a pipeline is too long")
         if following.kind != "call":
             raise TemplateError("only a function can follow |")
         following.arguments.append(call)
@@ -173,13 +179,13 @@ def _commands(tokens: list[tuple[str, str]], at: int) -> tuple[Call, int]:
     return call, at
 
 
-def _command(tokens: list[tuple[str, str]], at: int) -> tuple[Call, int]:
+def _command(tokens: list[tuple[str, str]], at: int, depth: int) -> tuple[Call, int]:
     operands: list[Call] = []
     while at < len(tokens) and tokens[at] not in {("mark", "|"), ("mark", ")")}:
         kind, value = tokens[at]
         at += 1
         if (kind, value) == ("mark", "("):
-            inner, at = _commands(tokens, at)
+            inner, at = _commands(tokens, at, depth + 1)
             if at >= len(tokens) or tokens[at] != ("mark", ")"):
                 raise TemplateError("a parenthesis is not closed")
             operands.append(inner)
@@ -206,6 +212,8 @@ def _operand(kind: str, value: str, is_first: bool) -> Call:
         except ValueError as error:
             raise TemplateError(f"the string {value} is not understood") from error
     if kind == "number":
+        if len(value) > 19:  # Go's int has 64 bits
+            raise TemplateError(f"the number {value[:30]} is out of range")
         return Call("value", int(value))
     if kind == "variable":
         name, *path = value.split(".")

@@ -8,8 +8,10 @@ from typing import Any
 
 from osync.engine.goparse import Call, Node, TemplateError, fields_of, parse
 
-MAX_STEPS = 500_000
+MAX_STEPS = 300_000
+"""Actions, values, turns of loops, and every 64 characters or items that a function works on: about a second."""
 MAX_OUTPUT = 16 << 20
+_PER_STEP = 64
 
 
 class GoTemplate:
@@ -101,8 +103,12 @@ class _Run:
     def _block(self, node: Node, dot: Any) -> None:
         value = self._value(node.value, dot)
         if node.kind == "range":
+            if not isinstance(value or (), (dict, list, tuple, str)):
+                raise TemplateError("range over what is no list")
+            self._step(_size(value) // _PER_STEP)
             pairs = list(value.items()) if isinstance(value, dict) else list(enumerate(value or ()))
             for key, item in pairs:
+                self._step()
                 mark = len(self._variables)
                 named = dict(zip(node.names, (key, item) if len(node.names) == 2 else (item,), strict=False))
                 self._variables += named.items()
@@ -148,10 +154,14 @@ class _Run:
                 if _is_true(result) == (call.value == "or"):
                     break
             return result
+        arguments = [self._value(a, dot) for a in call.arguments]
+        self._step(sum(map(_size, arguments)) // _PER_STEP)
         try:
-            return _FUNCTIONS[call.value](*(self._value(a, dot) for a in call.arguments))
+            result = _FUNCTIONS[call.value](*arguments)
         except (TypeError, ValueError, LookupError) as error:
             raise TemplateError(f"error calling {call.value}: {error}") from error
+        self._step(_size(result) // _PER_STEP)
+        return result
 
     def _write(self, text: str) -> None:
         self._length += len(text)
@@ -159,10 +169,14 @@ class _Run:
             raise TemplateError("the template's output is too long")
         self._output.append(text)
 
-    def _step(self) -> None:
-        self._steps += 1
+    def _step(self, cost: int = 1) -> None:
+        self._steps += cost
         if self._steps > MAX_STEPS:
             raise TemplateError("the template takes too long")
+
+
+def _size(value: Any) -> int:
+    return len(value) if isinstance(value, (str, list, tuple, dict)) else 0
 
 
 def _path(value: Any, path: tuple[str, ...]) -> Any:
@@ -185,6 +199,17 @@ def _show(value: Any) -> str:
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _print(*values: Any) -> str:
+    parts: list[str] = []
+    length = 0
+    for value in values:
+        parts.append(_show(value))
+        length += len(parts[-1])
+        if length > MAX_OUTPUT:
+            raise ValueError("its text is too long")
+    return "".join(parts)
 
 
 def _slice(value: Any, *bounds: int) -> Any:
@@ -210,6 +235,6 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "len": lambda value: len(value or ()),
     "slice": _slice,
     "index": _index,
-    "print": lambda *values: "".join(_show(v) for v in values),
+    "print": _print,
     "json": _json,
 }

@@ -7,13 +7,23 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
+from osync.engine.batch import Batch
+from osync.engine.devices import LoadSettings, load_model
 from osync.engine.frame import Close, Copy, Frame, Open, Operation, Outcome, Rows, Truncate
 from osync.engine.llama import MAX_SAMPLED, ContextSettings, Model, reason, take_errors
+from osync.engine.parked import Parked
 from osync.engine.sampling import Sampler
+from osync.engine.tap import Tap
 from osync.engine.thread import EngineThread
 from osync.errors import BadRequest, ModelError
+
+T = TypeVar("T")
+S = TypeVar("S", bound="ContextStage")
+
+KEPT = 64
+"""Prefixes that are kept aside at most; their tokens are what bounds them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +35,16 @@ class Limits:
     n_batch: int
     sampled: int
     vocabulary_size: int
+    depth: int = 1
+    """Frames in flight: as many as can be worked on at once."""
+    kept: int = 0
+    """Sequences with the next numbers that are never evaluated, only copied to and from, and dropped by Truncate."""
+    kept_tokens: int = 0
+    """What these may hold together; whoever sends frames sees to it."""
+    cuts: bool = True
+    """False where a KV cache is kept whole or not at all."""
+    runs_ahead: bool = False
+    """True if rows may begin with `SAMPLED`."""
 
 
 class Stage(Protocol):
@@ -45,27 +65,45 @@ class Stage(Protocol):
         """Give all memory back."""
 
 
-class LocalStage:
-    """All layers of a model in this process, with one context and one thread of its own."""
+class ContextStage:
+    """A model or some of its layers in this process, with one context and one thread of its own."""
 
-    def __init__(self, thread: EngineThread, model: Model, settings: ContextSettings) -> None:
-        """Make the context; runs in `thread`, as does all that touches llama.cpp."""
+    def __init__(
+        self,
+        thread: EngineThread,
+        model: Model,
+        settings: ContextSettings,
+        *,
+        tap: Tap | None = None,
+        width: int = 0,
+        vocabulary_size: int | None = None,
+    ) -> None:
+        """Make the context; runs in `thread`, as does all that touches llama.cpp.
+
+        With a `tap`, nothing is sampled; with a `width`, rows are so many f32 that the subclass puts into the batch.
+        """
         self._thread = thread
         self.model = model
+        self._tap = tap
+        self._is_apart = not settings.unified and (tap is not None or width > 0)
         api = self._api = model.api
-        self._context = model.new_context(settings)
+        self._context = model.new_context(settings, tap)
         self._memory = api.llama_get_memory(self._context)
         self.limits = Limits(
             sequences=settings.sequences,
             context_length=min(settings.context_length, api.llama_n_ctx_seq(self._context)),
             n_batch=min(settings.n_batch, api.llama_n_batch(self._context)),
             sampled=max(settings.sequences, min(MAX_SAMPLED, settings.n_batch)),
-            vocabulary_size=model.vocabulary_size,
+            vocabulary_size=model.vocabulary_size if vocabulary_size is None else vocabulary_size,
+            kept=KEPT if settings.kept_tokens else 0,
+            kept_tokens=settings.kept_tokens,
+            cuts=model.can_truncate,
         )
+        self._parked = Parked(api, self._context)
         self._closed = False
         self._samplers: dict[int, Sampler] = {}
         self._lengths = [0] * settings.sequences
-        self._batch = _Batch(api, self.limits)
+        self._batch = Batch(api, size=self.limits.n_batch, sequences=settings.sequences, width=width)
         # llama.cpp asks "stop?" before each node of the graph. strlen answers without taking the GIL:
         # not 0 once the first byte is set.
         self._stop = ctypes.create_string_buffer(2)
@@ -73,49 +111,16 @@ class LocalStage:
         self._stop_callback = api.ggml_abort_callback(strlen)
         api.llama_set_abort_callback(self._context, self._stop_callback, ctypes.cast(self._stop, ctypes.c_void_p))
 
-    @classmethod
-    async def load(
-        cls,
-        path: Path,
-        plan: Callable[[Model], ContextSettings],
-        *,
-        gpu_layers: int = -1,
-        use_mmap: bool = True,
-        progress: Callable[[float], None] | None = None,
-    ) -> LocalStage:
-        """Load a file and make the context that `plan` asks for. Cancelled, it ends and frees all."""
-        thread = EngineThread(f"osync-engine-{path.stem}"[:48])
-        cancelled = threading.Event()
-        loaded: list[LocalStage] = []
+    @property
+    def thread(self) -> EngineThread:
+        """The thread that evaluates; it ends with the stage."""
+        return self._thread
 
-        def load() -> LocalStage:
-            model = Model.load(path, gpu_layers=gpu_layers, use_mmap=use_mmap, cancelled=cancelled, progress=progress)
-            try:
-                stage = cls(thread, model, plan(model))
-            except BaseException:
-                model.free()
-                raise
-            loaded.append(stage)
-            return stage
-
-        def discard() -> None:
-            for stage in loaded:
-                stage.free()
-
-        try:
-            return await thread.run(load)
-        except BaseException:
-            cancelled.set()
-            thread.post(discard)
-            thread.close()
-            raise
-
-    async def evaluate(self, frame: Frame) -> Outcome:
-        """Apply operations, evaluate rows, sample."""
+    async def _run(self, work: Callable[[], T]) -> T:
         if self._closed:
             raise ModelError("the model was unloaded")
         self._stop[0] = b"\0"
-        return await self._thread.run(lambda: self._evaluate(frame))
+        return await self._thread.run(work)
 
     def abort(self) -> None:
         """End the evaluation under way at its next graph node."""
@@ -138,10 +143,14 @@ class LocalStage:
         for sampler in self._samplers.values():
             sampler.free()
         self._samplers.clear()
+        self._free_context()
+        self.model.free()
+
+    def _free_context(self) -> None:
+        self._parked.clear()
         context, self._context = self._context, None
         if context:
             self._api.llama_free(context)
-        self.model.free()
 
     def _evaluate(self, frame: Frame) -> Outcome:
         if not self._context:
@@ -150,28 +159,38 @@ class LocalStage:
         whole = True
         for operation in frame.operations:
             whole &= self._apply(operation)
-        if not whole:
-            return Outcome({}, {rows.sequence: self._lengths[rows.sequence] for rows in frame.rows})
+        if not whole or any(rows.position != self._lengths[rows.sequence] for rows in frame.rows):
+            changed = frame.sequences(self.limits.sequences)
+            return Outcome({}, {sequence: self._lengths[sequence] for sequence in changed})
         for rows in frame.rows:
-            if rows.position != self._lengths[rows.sequence]:
-                raise BadRequest(
-                    f"sequence {rows.sequence} has {self._lengths[rows.sequence]} tokens, not {rows.position}"
-                )
-            if rows.sample and rows.sequence not in self._samplers:
+            if rows.sample and self._tap is None and rows.sequence not in self._samplers:
                 raise BadRequest(f"sequence {rows.sequence} is not open")
-        if not frame.rows:
-            return Outcome({})
-        code = self._api.llama_decode(self._context, self._batch.fill(frame.rows))
-        if code != 0:
-            errors = take_errors()
-            lengths = {rows.sequence: self._cut(rows.sequence, rows.position) for rows in frame.rows}
-            if code == 2:
-                return Outcome({}, lengths)
-            why = "its KV cache is full" if code == 1 else f"{reason(errors)} (code {code})"
-            raise ModelError(f"the model could not evaluate {self._batch.count} tokens: {why}")
-        for rows in frame.rows:
-            self._lengths[rows.sequence] += len(rows.tokens)
-        return Outcome(self._sample(frame.rows))
+        sampled: dict[int, tuple[int, ...]] = {}
+        # With a KV buffer for each sequence llama.cpp may sort the rows of a batch: what is not its own to sample
+        # goes one sequence after the other.
+        runs = [frame.rows[i : i + 1] for i in range(len(frame.rows))] if self._is_apart else [frame.rows]
+        for run in runs if frame.rows else ():
+            code = self._decode(run)
+            if code:
+                return self._undo(frame.rows, code)
+            for rows in run:
+                self._lengths[rows.sequence] += len(rows.tokens)
+            if self._tap is None:
+                sampled |= self._sample(run)
+        return Outcome(sampled)
+
+    def _decode(self, rows: tuple[Rows, ...]) -> int:
+        """Evaluate rows in one batch; returns llama.cpp's code, 0 where it went well."""
+        code: int = self._api.llama_decode(self._context, self._batch.fill(rows, self._tap is not None))
+        return code
+
+    def _undo(self, all_rows: tuple[Rows, ...], code: int) -> Outcome:
+        errors = take_errors()
+        lengths = {rows.sequence: self._cut(rows.sequence, rows.position) for rows in all_rows}
+        if code == 2:
+            return Outcome({}, lengths)
+        why = "its KV cache is full" if code == 1 else f"{reason(errors)} (code {code})"
+        raise ModelError(f"the model could not evaluate {self._batch.count} tokens: {why}")
 
     def _sample(self, all_rows: tuple[Rows, ...]) -> dict[int, tuple[int, ...]]:
         sampled: dict[int, tuple[int, ...]] = {}
@@ -212,7 +231,7 @@ class LocalStage:
 
     def _apply(self, operation: Operation) -> bool:
         match operation:
-            case Open(sequence, sampling, history):
+            case Open(sequence, sampling, history, drawn) if self._tap is None:
                 self._close(sequence)
                 self._samplers[sequence] = Sampler(
                     self._api,
@@ -220,26 +239,42 @@ class LocalStage:
                     vocabulary_size=self.limits.vocabulary_size,
                     context_length=self.limits.context_length,
                     history=history,
+                    drawn=drawn,
                 )
             case Close(sequence):
                 self._close(sequence)
+            case Truncate(sequence) if sequence >= self.limits.sequences:
+                self._parked.drop(sequence)
+            case Copy(source, target, length) if target >= self.limits.sequences:
+                if length and length == self._lengths[source]:
+                    self._parked.save(source, target, length)
+                else:
+                    self._parked.drop(target)
+            case Copy(source, target, length) if source >= self.limits.sequences:
+                self._cut(target, 0)
+                self._lengths[target] = self._parked.load(source, target)
+                return self._shorten(target, length)
             case Truncate(sequence, length):
-                if length < self._lengths[sequence] or length == 0:
-                    return self._cut(sequence, length) == length
-                return length == self._lengths[sequence]
+                return self._shorten(sequence, length)
             case Copy(source, target, length):
                 self._cut(target, 0)
                 if length > self._lengths[source]:
                     return False
                 self._api.llama_memory_seq_cp(self._memory, source, target, 0, -1)
                 self._lengths[target] = self._lengths[source]
-                return self._cut(target, length) == length
+                return self._shorten(target, length)
         return True
 
     def _close(self, sequence: int) -> None:
         sampler = self._samplers.pop(sequence, None)
         if sampler is not None:
             sampler.free()
+
+    def _shorten(self, sequence: int, length: int) -> bool:
+        """Keep the first `length` tokens; return whether they are there."""
+        if length == self._lengths[sequence] != 0:  # also where it cannot be cut
+            return True
+        return length <= self._lengths[sequence] and self._cut(sequence, length) == length
 
     def _cut(self, sequence: int, length: int) -> int:
         """Keep the first `length` tokens, or none where the cache cannot be cut; return how many are left."""
@@ -254,61 +289,78 @@ class LocalStage:
 
 def _check_operation(operation: Operation, limits: Limits) -> None:
     sequences: tuple[int, ...]
+    most = limits.sequences + limits.kept
     match operation:
         case Copy(source, target, length):
             sequences = (source, target)
-            if source == target:
-                raise BadRequest("a sequence cannot be copied onto itself")
+            if source == target or min(source, target) >= limits.sequences:
+                raise BadRequest("a sequence cannot be copied onto itself, nor one that is kept onto another")
         case Truncate(sequence, length):
             sequences = (sequence,)
         case Open(sequence, _, history):
-            sequences, length = (sequence,), 0
+            sequences, length, most = (sequence,), 0, limits.sequences
             if history and (min(history) < 0 or max(history) >= limits.vocabulary_size):
                 raise BadRequest(f"a token is not in the vocabulary of {limits.vocabulary_size}")
         case Close(sequence):
-            sequences, length = (sequence,), 0
-    if not all(0 <= sequence < limits.sequences for sequence in sequences):
-        raise BadRequest(f"a sequence is none of {limits.sequences}")
+            sequences, length, most = (sequence,), 0, limits.sequences
+    if not all(0 <= sequence < most for sequence in sequences):
+        raise BadRequest(f"a sequence is none of {most}")
     if not 0 <= length <= limits.context_length:
         raise BadRequest(f"length {length} exceeds the context length")
 
 
-class _Batch:
-    """llama_batch over arrays that are made once."""
+class LocalStage(ContextStage):
+    """All layers of a model in this process."""
 
-    def __init__(self, api: Any, limits: Limits) -> None:
-        size = limits.n_batch
-        self.count = 0
-        self._tokens = (ctypes.c_int32 * size)()
-        self._positions = (ctypes.c_int32 * size)()
-        self._logits = (ctypes.c_int8 * size)()
-        self._one = (ctypes.c_int32 * size)(*[1] * size)
-        self._ids = [(ctypes.c_int32 * 1)(sequence) for sequence in range(limits.sequences)]
-        pointer = ctypes.POINTER(ctypes.c_int32)
-        self._id_pointers = [ctypes.cast(array, pointer) for array in self._ids]
-        self._sequences = (pointer * size)()
-        self._batch = api.llama_batch(
-            n_tokens=0,
-            token=ctypes.cast(self._tokens, pointer),
-            embd=None,
-            pos=ctypes.cast(self._positions, pointer),
-            n_seq_id=ctypes.cast(self._one, pointer),
-            seq_id=ctypes.cast(self._sequences, ctypes.POINTER(pointer)),
-            logits=ctypes.cast(self._logits, ctypes.POINTER(ctypes.c_int8)),
+    @classmethod
+    async def load(
+        cls,
+        path: Path,
+        plan: Callable[[Model], ContextSettings],
+        *,
+        settings: LoadSettings = LoadSettings(),  # noqa: B008 (frozen)
+        progress: Callable[[float], None] | None = None,
+    ) -> LocalStage:
+        """Load a file and make the context that `plan` asks for. Cancelled, it ends and frees all."""
+        return await load_stage(
+            path, lambda thread, model: cls(thread, model, plan(model)), settings=settings, progress=progress
         )
 
-    def fill(self, all_rows: tuple[Rows, ...]) -> Any:
-        """Write checked rows into the batch and return it."""
-        start = 0
-        for rows in all_rows:
-            count = len(rows.tokens)
-            end = start + count
-            self._tokens[start:end] = list(rows.tokens)
-            self._positions[start:end] = list(range(rows.position, rows.position + count))
-            self._logits[start:end] = list(bytes(count - rows.sample) + b"\1" * rows.sample)
-            identity = self._id_pointers[rows.sequence]
-            for index in range(start, end):
-                self._sequences[index] = identity
-            start = end
-        self.count = self._batch.n_tokens = start
-        return self._batch
+    async def evaluate(self, frame: Frame) -> Outcome:
+        """Apply operations, evaluate rows, sample."""
+        return await self._run(lambda: self._evaluate(frame))
+
+
+async def load_stage(
+    path: Path,
+    make: Callable[[EngineThread, Model], S],
+    *,
+    settings: LoadSettings,
+    progress: Callable[[float], None] | None = None,
+) -> S:
+    """Load a file in a thread of its own and make a stage of it. Cancelled, it ends and frees all."""
+    thread = EngineThread(f"osync-engine-{path.stem}"[:48])
+    cancelled = threading.Event()
+    loaded: list[S] = []
+
+    def load() -> S:
+        model = load_model(path, settings, cancelled=cancelled, progress=progress)
+        try:
+            stage = make(thread, model)
+        except BaseException:
+            model.free()
+            raise
+        loaded.append(stage)
+        return stage
+
+    def discard() -> None:
+        for stage in loaded:
+            stage.free()
+
+    try:
+        return await thread.run(load)
+    except BaseException:
+        cancelled.set()
+        thread.post(discard)
+        thread.close()
+        raise

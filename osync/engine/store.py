@@ -11,13 +11,13 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import orjson
 import structlog
 
+from osync.core.quantization import FULL, is_asked_by_name, pick, source
 from osync.engine.files import (
     LAYER,
     MAX_FILES,
@@ -36,14 +36,14 @@ from osync.engine.files import (
     sanitise,
     total_size,
 )
-from osync.engine.gguf import GGUFHeader, human_count, read_header
+from osync.engine.gguf import GGUFHeader, read_header
+from osync.engine.model_info import check_language_model, model_info
+from osync.engine.quantize import Quantizer, Source, source_of
 from osync.errors import ModelNotFound, ModelUnusable
 from osync.types import ModelInfo
 from osync.wire import names
 
 log = structlog.get_logger("osync.engine")
-
-_NO_LANGUAGE_MODELS = {"clip", "mmproj", "adapter", "imatrix"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,12 @@ class ModelStore:
     not equal to the final one. Final digests are kept in the state directory by path, time and size.
     """
 
-    def __init__(self, directories: tuple[Path, ...], state_dir: Path | None = None) -> None:
+    def __init__(self, directories: tuple[Path, ...], state_dir: Path | None = None, *, prefer: str = "") -> None:
+        """`prefer` is the quantization to serve where a name leaves it open; "": whatever is there."""
         self._directories = directories
+        self._prefer = prefer.lower()
+        self._quantizer = Quantizer(state_dir / "quantized", prefer) if prefer and state_dir else None
+        self._wanted: tuple[Source, ...] = ()
         self._cache_file = state_dir / "digests.json" if state_dir else None
         self._lock = threading.Lock()
         self._snapshot = _Snapshot()
@@ -107,6 +111,14 @@ class ModelStore:
             raise ModelUnusable(str(fault))
         raise ModelNotFound(f"model '{name}' not found")
 
+    def find_blob(self, digest: str) -> Path | None:
+        """Return the file of a model by its digest, or by that of its weights in an Ollama store."""
+        for model in self._snapshot.models.values():
+            if model.info.digest == digest or model.path.name in (f"sha256-{digest}", f"sha256:{digest}"):
+                return model.path
+        # Who asks may have heard of it before its final digest was known.
+        return next((path for path, (_, known) in list(self._partial.items()) if known == digest), None)
+
     def scan(self) -> bool:
         """Look at the directories again; returns True if what there is has changed."""
         with self._lock:
@@ -122,6 +134,8 @@ class ModelStore:
                     self._add_manifest(directory, path, name, models, faults, seen)
             for stem, tagged in bare.items():
                 self._add_alias(stem, tagged, models, faults)
+            if self._quantizer:
+                self._prefer_quantized(models, bare, seen, self._quantizer)
             self._headers = {p: v for p, v in self._headers.items() if p in seen}
             self._partial = {p: v for p, v in self._partial.items() if p in seen}
             before, self._snapshot = self._snapshot, _Snapshot(models, faults)
@@ -140,7 +154,7 @@ class ModelStore:
             stat = path.stat()
             header = self._header(path, stat)
             size = total_size(path, stat.st_size)
-            _check_language_model(path, header)
+            check_language_model(path, header)
         except (OSError, ModelUnusable) as error:
             fault = self._report(path, error)
             faults.setdefault(names.key(f"{stem}:{tag}" if tag else stem), fault)
@@ -150,18 +164,61 @@ class ModelStore:
         if name.canonical in models:
             return
         digest, is_final = self._digest(path, stat, header)
-        info = _info(name.display, digest, size, stat.st_mtime, header)
+        info = model_info(name.display, digest, size, stat.st_mtime, header)
         models[name.canonical] = StoredModel(info, path, header, stat.st_mtime, is_digest_final=is_final)
         bare.setdefault(names.canonical(stem), []).append(name.canonical)
 
-    @staticmethod
     def _add_alias(
-        stem: str, tagged: list[str], models: dict[str, StoredModel], faults: dict[str, ModelUnusable]
+        self, stem: str, tagged: list[str], models: dict[str, StoredModel], faults: dict[str, ModelUnusable]
     ) -> None:
-        if len(tagged) == 1 and stem not in models:
-            model = models[tagged[0]]
+        by_kind = {models[name].info.quantization: name for name in tagged}
+        # Of several files the one that the settings prefer, or that a preferred one can be made of.
+        chosen = pick(self._prefer, by_kind) or source(by_kind) if self._prefer else None
+        name = tagged[0] if len(tagged) == 1 else by_kind.get(chosen or "")
+        if name and stem not in models:
+            model = models[name]
             models[stem] = replace(model, info=replace(model.info, name=names.display(stem)))
         faults.pop(stem, None)
+
+    def _prefer_quantized(
+        self, models: dict[str, StoredModel], bare: dict[str, list[str]], seen: set[Path], quantizer: Quantizer
+    ) -> None:
+        """Put what was quantized in the place of full-precision files whose name leaves the quantization open."""
+        tagged = {name for group in bare.values() for name in group}
+        wanted: dict[Source, None] = {}
+        for key, model in list(models.items()):
+            is_full = model.info.quantization.lower() in FULL and quantizer.kind not in FULL
+            if not is_full or key in tagged or is_asked_by_name(model.info.name):
+                continue
+            with contextlib.suppress(OSError, ModelUnusable):
+                found = source_of(model.path)
+                target = quantizer.target(found)
+                if not target.is_file():
+                    if not quantizer.has_failed(found):
+                        wanted[found] = None
+                    continue
+                header = self._header(target, target.stat())
+                seen.add(target)
+                # Other bytes, another digest; the same one on each host that has the same file.
+                digest = hashlib.sha256(f"{model.info.digest} {quantizer.kind}".encode()).hexdigest()
+                size = target.stat().st_size
+                info = replace(model.info, quantization=header.quantization, size=size, digest=digest)
+                models[key] = replace(model, info=info, path=target, header=header, is_digest_final=True)
+                if key in bare:  # and by its quantization, as if the file lay beside the other
+                    name = names.parse(f"{key.rpartition(':')[0] or key}:{quantizer.kind}")
+                    models.setdefault(name.canonical, replace(models[key], info=replace(info, name=name.display)))
+        self._wanted = tuple(sorted(wanted, key=lambda one: one.size))
+
+    @property
+    def pending_quantizations(self) -> tuple[Source, ...]:
+        """Files of the last scan that the preferred quantization is to be made of, smallest first."""
+        return self._wanted
+
+    def quantize(self, found: Source, stop: threading.Event) -> None:
+        """Make a file's preferred quantization; gives up when `stop` is set. `scan` then shows it."""
+        if self._quantizer:
+            with contextlib.suppress(ModelUnusable):  # it is in the log, and the file is served as it is
+                self._quantizer.make(found, stop)
 
     def _add_manifest(
         self,
@@ -185,9 +242,9 @@ class ModelStore:
                 raise ModelUnusable(f"its weights are missing: {blob.name}; pull it again")
             seen.add(blob)
             header = self._header(blob, blob.stat())
-            _check_language_model(path, header)
+            check_language_model(path, header)
             mtime = path.stat().st_mtime
-            info = _info(name.display, hashlib.sha256(raw).hexdigest(), total, mtime, header, config)
+            info = model_info(name.display, hashlib.sha256(raw).hexdigest(), total, mtime, header, config)
             texts = {kind: [self._layer(p) for p, _ in layers.get(kind, ())] for kind in TEXT_LAYERS}
             models[name.canonical] = StoredModel(
                 info,
@@ -313,39 +370,3 @@ class ModelStore:
             temporary.replace(self._cache_file)
         except OSError as error:
             log.warning("digest_cache_not_written", path=str(self._cache_file), error=str(error))
-
-
-def _check_language_model(path: Path, header: GGUFHeader) -> None:
-    kind = header.text("general.type", "model")
-    if header.architecture in _NO_LANGUAGE_MODELS or kind in _NO_LANGUAGE_MODELS:
-        raise ModelUnusable(f"{path.name}: a {kind if kind != 'model' else 'projector'}, not a language model")
-    if not header.tensors:
-        raise ModelUnusable(f"{path.name}: it holds no tensors, only a vocabulary")
-
-
-def _info(
-    name: str,
-    digest: str,
-    size: int,
-    mtime: float,
-    header: GGUFHeader,
-    config: Mapping[str, Any] | None = None,
-) -> ModelInfo:
-    config = config or {}
-    family = str(config.get("model_family") or header.architecture)
-    families = config.get("model_families")
-    quantization = str(config.get("file_type") or "")
-    return ModelInfo(
-        name=name,
-        digest=digest,
-        size=size,
-        modified_at=datetime.fromtimestamp(mtime, UTC).isoformat().replace("+00:00", "Z"),
-        family=family,
-        families=tuple(map(str, families)) if isinstance(families, list) and families else (family,),
-        architecture=header.architecture,
-        parameter_size=str(config.get("model_type") or human_count(header.parameter_count)),
-        quantization=quantization if quantization not in {"", "unknown"} else header.quantization,
-        context_length=header.context_length,
-        embedding_length=header.embedding_length,
-        capabilities=("embedding",) if f"{header.architecture}.pooling_type" in header.metadata else ("completion",),
-    )

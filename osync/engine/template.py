@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import struct
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ import orjson
 import structlog
 
 from osync.engine import jinja_worker
+from osync.engine.child import Child, spawn
 from osync.engine.goparse import TemplateError
 from osync.engine.gotemplate import GoTemplate
 from osync.errors import BadRequest, ModelUnusable
@@ -125,7 +125,7 @@ class _Renderer:
     def __init__(self, source: str, deadline_s: float) -> None:
         self._source = source
         self._deadline_s = deadline_s
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: Child | None = None
         self._lock = asyncio.Lock()
         self._closed = False
 
@@ -143,16 +143,12 @@ class _Renderer:
             raise ModelUnusable(f"the model's chat template failed: {answer['failed']}")
         return str(answer["text"])
 
-    async def _ready(self) -> asyncio.subprocess.Process:
+    async def _ready(self) -> Child:
         if self._closed:
             raise ModelUnusable("the model was unloaded")
         if self._process is None:
             try:
-                self._process = await asyncio.create_subprocess_exec(
-                    sys.executable, "-I", str(Path(jinja_worker.__file__)),
-                    stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-                    stderr=asyncio.subprocess.DEVNULL, start_new_session=True,
-                )  # fmt: skip
+                self._process = await spawn(sys.executable, "-I", str(Path(jinja_worker.__file__)))
             except OSError as error:
                 raise ModelUnusable(f"no process for the chat template: {error}") from error
             answer = await self._ask(self._process, {"source": self._source}, START_DEADLINE_S)
@@ -162,13 +158,9 @@ class _Renderer:
                 raise ModelUnusable(f"the model's chat template is not valid: {reason}")
         return self._process
 
-    async def _ask(
-        self, process: asyncio.subprocess.Process, request: dict[str, Any], deadline_s: float
-    ) -> dict[str, Any]:
+    async def _ask(self, process: Child, request: dict[str, Any], deadline_s: float) -> dict[str, Any]:
         """Exchange one frame. Whatever goes wrong, also a cancellation, ends the process."""
         data = orjson.dumps({**request, "deadline_s": deadline_s})
-        assert process.stdin is not None
-        assert process.stdout is not None
         answer: dict[str, Any] | None = None
         try:
             async with asyncio.timeout(deadline_s + 1):  # the worker's own alarm comes first
@@ -189,15 +181,15 @@ class _Renderer:
         process, self._process = self._process, None
         if process is None:
             return
-        if process.stdin is not None:
-            process.stdin.close()
+        process.stdin.close()
         try:
             async with asyncio.timeout(grace_s):
                 await process.wait()
         except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
+            process.kill()
             await process.wait()
+        finally:
+            process.close()
 
     async def close(self) -> None:
         self._closed = True

@@ -6,6 +6,7 @@ import codecs
 import ctypes
 
 from osync.engine.llama import Model
+from osync.engine.runs import cut_runs
 from osync.errors import BadRequest
 
 _MAX_TEXT = 1 << 30
@@ -26,6 +27,7 @@ class Vocabulary:
         self.eos_text = self._text(self.eos)
         self.adds_bos = bool(api.llama_vocab_get_add_bos(vocab))
         self.adds_eos = bool(api.llama_vocab_get_add_eos(vocab))
+        self._is_byte_pairs = api.llama_vocab_type(vocab) == api.LLAMA_VOCAB_TYPE_BPE
         self._pieces: dict[tuple[int, bool], bytes] = {}
         self._ends: dict[int, bool] = {}
 
@@ -37,6 +39,14 @@ class Vocabulary:
 
     def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Return the text's tokens; `add_special` adds BOS and EOS where the model wants them."""
+        pieces = cut_runs(text) if self._is_byte_pairs else [text]
+        if len(pieces) == 1:
+            return self._tokenize(text, add_special, parse_special)
+        tokens = [token for piece in pieces for token in self._tokenize(piece, False, parse_special)]
+        begin = [self.bos] if add_special and self.adds_bos else []
+        return begin + tokens + ([self.eos] if add_special and self.adds_eos else [])
+
+    def _tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         raw = text.encode("utf-8", "replace")
         if len(raw) > _MAX_TEXT:
             raise BadRequest("the text is too long")

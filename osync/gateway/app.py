@@ -14,7 +14,7 @@ import structlog
 from osync.cluster.view import ClusterView
 from osync.config import Settings
 from osync.errors import OsyncError, StreamBroken
-from osync.gateway import broken, health, passthrough, relay, routes
+from osync.gateway import broken, health, passthrough, relay, routes, shards
 from osync.gateway.answer import Answer
 from osync.gateway.context import Call, Context
 from osync.gateway.cors import Policy
@@ -35,7 +35,8 @@ class Gateway:
         self._policy = Policy(settings.origins, settings.is_loopback, socket.gethostname())
         self._prefix = secrets.token_hex(3)
         self._numbers = count(1)
-        self.context.metrics.watch(self._in_flight, self._nodes)
+        self.context.metrics.watch(self._in_flight, self._nodes, self._active, self._queued)
+        self.context.metrics.watch_shards(lambda: shards.readings(self.context))
 
     async def serve(self, head: RequestHead, body: Body, responder: Responder) -> None:
         """Answer one request. Raises only where the answer must break off, or the client is gone."""
@@ -69,10 +70,12 @@ class Gateway:
 
     async def _unknown(self, call: Call) -> None:
         """Let a node answer what only it may know; without one, answer as Ollama would."""
-        if health.usable(self.context):
+        methods = routes.methods_of(call.path)
+        if health.usable(self.context) and not (methods and routes.is_own(call.path)):
             await passthrough.designated(self.context, call)
-        elif routes.is_known(call.path):
-            await relay.send_text(call, 405, "405 method not allowed")
+        elif methods:
+            allow = (("Allow", ", ".join(methods)),)
+            await relay.send_bytes(call, 405, relay.TEXT, b"405 method not allowed", allow)
         else:
             await relay.send_text(call, 404, "404 page not found")
 
@@ -102,9 +105,15 @@ class Gateway:
         known = {state.node_id for state, _ in self.context.view.up()}
         return {node: self.context.in_flight[node] for node in known}
 
+    def _active(self) -> dict[str, int]:
+        return {state.node_id: state.backend.active for state, _ in self.context.view.up()}
+
+    def _queued(self) -> dict[str, int]:
+        return {state.node_id: state.backend.queued for state, _ in self.context.view.up()}
+
     def _nodes(self) -> dict[str, int]:
         states = {"up": 0, "draining": 0, "unusable": 0, "down": 0}
-        for peer in self.context.view.peers:
+        for peer in self.context.view.nodes:
             state = peer.state
             if state is None:
                 states["down"] += 1

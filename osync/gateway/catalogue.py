@@ -12,10 +12,10 @@ from osync.core import merge
 from osync.errors import BadRequest, ModelNotFound, OsyncError, UpstreamError
 from osync.gateway.context import Call, Context
 from osync.gateway.fetch import Answer, Result, fan_out, reason, relay_first
-from osync.gateway.fields import read_fields, text_of
+from osync.gateway.fields import read_fields
 from osync.gateway.health import no_replica, why_unusable
 from osync.gateway.relay import send_json, upstream_head
-from osync.gateway.targets import designated_node, ollamas, read_head, replicas, usable
+from osync.gateway.targets import designated_node, ollamas, read_head, readable, replicas
 from osync.types import ModelInfo, NodeState, RequestHead
 from osync.version import OLLAMA_API
 from osync.wire import names
@@ -31,14 +31,14 @@ SHOW_TIMEOUT_S = 30.0
 
 async def tags(ctx: Context, call: Call) -> None:
     """GET, HEAD /api/tags: every model that any node has, once."""
-    results = await fan_out(usable(ctx, call), read_head(call, "GET", "/api/tags"))
+    results = await fan_out(readable(ctx, call), read_head(call, "GET", "/api/tags"))
     await send_json(call, 200, {"models": merge.merge_tags(_rows(results, "models"), names.key)})
 
 
 async def ps(ctx: Context, call: Call) -> None:
     """GET /api/ps: every model that any node has in memory, once."""
     head = read_head(call, "GET", "/api/ps")
-    results = await fan_out(usable(ctx, call), head, timeout_s=PS_TIMEOUT_S)
+    results = await fan_out(readable(ctx, call), head, timeout_s=PS_TIMEOUT_S)
     await send_json(call, 200, {"models": merge.merge_ps(_rows(results, "models"), names.key)})
 
 
@@ -52,12 +52,12 @@ async def version(ctx: Context, call: Call) -> None:
 
 async def show(ctx: Context, call: Call) -> None:
     """POST /api/show: of any node that has the model, the majority's digest first."""
-    raw, fields = await read_fields(ctx, call)
-    name = text_of(fields, "ShowRequest", "model", "name")
+    raw, fields = await read_fields(ctx, call, "ShowRequest")
+    name = fields.model()
     if not name:
         raise BadRequest("model is required")
     shown = names.display(name)
-    nodes = usable(ctx, call)
+    nodes = readable(ctx, call)
     # Nodes that do not list it are asked last: a model made a moment ago may not be in their state yet.
     having = replicas(nodes, name)
     rest = [node for node in ollamas(nodes) if node not in having]
@@ -85,7 +85,7 @@ async def v1_models(ctx: Context, call: Call) -> None:
         # An engine answers Ollama's native API only.
         return read_head(call, "GET", "/v1/models" if state.backend.kind == "ollama" else "/api/tags")
 
-    results = await fan_out(usable(ctx, call), head)
+    results = await fan_out(readable(ctx, call), head)
     ours = [r for r in results if r[0].backend.kind == "ollama"]
     others = [r for r in results if r[0].backend.kind != "ollama"]
     rows = _rows(ours, "data", must=not others) + [
@@ -102,7 +102,7 @@ async def v1_model(ctx: Context, call: Call) -> None:
     """GET /v1/models/{model}: in OpenAI's form, of a node that has it."""
     name = unquote(call.path.removeprefix("/v1/models/"))
     shown = names.display(name)
-    nodes = usable(ctx, call)
+    nodes = readable(ctx, call)
     having = replicas(nodes, name)
     asked = ollamas(having) or ([] if having else ollamas(nodes))
     if asked and await relay_first(call, asked, upstream_head(call), b"", head_timeout_s=SHOW_TIMEOUT_S):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from osync.cluster.view import ClusterView
 from osync.config import Settings
 from osync.core.window import Window
+from osync.gateway.pipelines import NO_SHARD, TURNED_OFF, Pipelines, Plain
 from osync.gateway.replicas import Replicas
 from osync.net.exchange import Body, Responder
 from osync.telemetry.metrics import Metrics
@@ -31,6 +32,11 @@ class Context:
     drained: set[NodeId] = field(default_factory=set)
     """Nodes that this proxy was told not to pick."""
     replicas: Replicas = field(default_factory=Replicas)
+    pipelines: Pipelines | None = None
+    """Models over shards; None as long as there is no shard, and where they are turned off."""
+    no_pipelines: str = ""
+    """Why there are none, in words for a person."""
+    plain: Plain = field(default_factory=Plain)
     metrics: Metrics = field(default_factory=Metrics)
     traffic: Window = field(default_factory=Window)
     """All requests that this proxy answered of late."""
@@ -38,6 +44,10 @@ class Context:
     """The inference requests that each node answered of late."""
     pulls: dict[tuple[str, bool, str], Progress] = field(default_factory=dict)
     """Pulls that run, by canonical name, `insecure` and pinned node."""
+
+    def __post_init__(self) -> None:
+        """Say why there are no pipelines yet."""
+        self.no_pipelines = self.no_pipelines or (NO_SHARD if self.settings.distributed else TURNED_OFF)
 
 
 @dataclass(slots=True)

@@ -9,12 +9,13 @@ from osync.errors import UpstreamError
 from osync.gateway.blobs import is_digest
 from osync.gateway.context import Call, Context
 from osync.gateway.fetch import Answer, fan_out, locate, reason, relay_rest
-from osync.gateway.fields import Fields, is_streamed, read_fields, text_of
+from osync.gateway.fields import read_fields
 from osync.gateway.progress import is_success, read_lines
 from osync.gateway.relay import collect, downstream_head, send_json, upstream_head
 from osync.gateway.targets import Node, designated_node, label, ollamas, read_head, usable
 from osync.types import RequestHead, ResponseHead
 from osync.wire import names, ndjson
+from osync.wire.fields import Fields
 
 _ERROR_BODY_LIMIT = 1 << 20
 
@@ -31,9 +32,9 @@ class _Outcome:
 
 async def create(ctx: Context, call: Call) -> None:
     """POST /api/create: one progress stream, the first node's; success only after all succeeded."""
-    raw, fields = await read_fields(ctx, call)
-    text_of(fields, "CreateRequest", "model", "name")
-    streamed = is_streamed(fields, "CreateRequest")
+    raw, fields = await read_fields(ctx, call, "CreateRequest")
+    fields.model()
+    streamed = fields.boolean("stream", True)
     targets = await _targets(call, usable(ctx, call), fields)
     head = upstream_head(call)
     if len(targets) == 1:
@@ -56,8 +57,8 @@ async def _targets(call: Call, nodes: list[Node], fields: Fields) -> list[Node]:
         return [designated_node(nodes)]
     digests = _digests(fields)
     with_blobs = await _with_blobs(call, able, digests)
-    base = text_of(fields, "CreateRequest", "from")
-    if not base or names.is_cloud(base) or fields.get("remote_host"):
+    base = fields.text("from")
+    if not base or names.is_cloud(base) or fields.raw("remote_host"):
         return with_blobs if digests and with_blobs else [designated_node(with_blobs or able)]
     having = ollamas(await locate(able, base))
     both = [node for node in having if node in with_blobs]
@@ -68,7 +69,7 @@ async def _targets(call: Call, nodes: list[Node], fields: Fields) -> list[Node]:
 def _digests(fields: Fields) -> list[str]:
     found: dict[str, None] = {}
     for key in ("files", "adapters", "draft_files"):
-        files = fields.get(key)
+        files = fields.raw(key)
         if isinstance(files, dict):
             found.update((digest, None) for digest in files.values() if isinstance(digest, str))
     return list(found)

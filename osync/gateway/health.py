@@ -38,11 +38,21 @@ def usable(ctx: Context) -> bool:
     return any(state.node_id not in ctx.drained for state, _ in ctx.view.usable())
 
 
+def _serves_shards(ctx: Context) -> bool:
+    """True if pipelines can be made, whether there is a node or not."""
+    return ctx.pipelines is not None and ctx.pipelines.has_shards
+
+
 def why_not_ready(ctx: Context) -> str:
+    """Return "" if a node, or a pipeline of shards, may get requests, else the reason in words for a person."""
+    return "" if _serves_shards(ctx) else why_no_node(ctx)
+
+
+def why_no_node(ctx: Context) -> str:
     """Return "" if a node may get requests, else the reason in words for a person."""
     if usable(ctx):
         return ""
-    reasons = [_reason(ctx, peer) for peer in ctx.view.peers]
+    reasons = [_reason(ctx, peer) for peer in ctx.view.nodes]
     return "no usable node: " + "; ".join(filter(None, reasons)) if any(reasons) else ADD_A_NODE
 
 

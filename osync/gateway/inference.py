@@ -23,15 +23,15 @@ from osync.errors import (
     StreamBroken,
     UpstreamUnavailable,
 )
-from osync.gateway import passthrough, relay
+from osync.gateway import passthrough, pipelines, relay
 from osync.gateway.broken import SaidSo
 from osync.gateway.context import Call, Context
-from osync.gateway.health import down_with, no_replica, why_not_ready, why_unusable
+from osync.gateway.health import down_with, no_replica, why_no_node, why_not_ready, why_unusable
 from osync.gateway.unload import unload
 from osync.net.exchange import Exchange
 from osync.types import NodeId, NodeState, RequestHead, ResponseHead
 from osync.wire import names
-from osync.wire.request import Inference, parse
+from osync.wire.request import Inference, parse, with_options
 from osync.wire.translate import Translated, translate
 
 log = structlog.get_logger("osync.gateway")
@@ -93,6 +93,12 @@ _known = lru_cache(maxsize=1024)(_named)
 async def _serve(ctx: Context, call: Call, request: Inference, model: str, pin: str) -> None:
     tried: list[NodeId] = []
     trouble: OsyncError | None = None
+    if (ctx.pipelines is not None or request.distributed) and await pipelines.choose(
+        ctx, request, model, pin, embeds=call.path in _EMBED
+    ):
+        trouble = await _split(ctx, call, request, model, pin)
+        if trouble is None:
+            return
     for _ in range(ATTEMPTS):
         choice = _pick(ctx, model, pin, tried)
         if isinstance(choice, Miss):
@@ -127,6 +133,30 @@ async def _serve(ctx: Context, call: Call, request: Inference, model: str, pin: 
         raise trouble or _refusal(ctx, call, request, model, _pick(ctx, model, pin, ()), pin)
 
 
+async def _split(ctx: Context, call: Call, request: Inference, model: str, pin: str) -> OsyncError | None:
+    """Answer over the pipelines; returns what went wrong where a node can answer instead."""
+    assert ctx.pipelines is not None
+    peer, node_id = ctx.pipelines.peer, ctx.pipelines.node_id
+    state = peer.state
+    assert state is not None, "a link in memory is up"
+
+    def has_spare() -> bool:
+        return not (pin or request.distributed) and bool(pipelines.holders(ctx, model))
+
+    ctx.in_flight[node_id] += 1
+    try:
+        await _Attempt(ctx, call, request, state, peer).run(has_spare, knows_more=False)
+    except OsyncError as error:
+        if call.responder.started or not has_spare() or not (error.retryable or isinstance(error, _NOT_HERE)):
+            raise
+        ctx.metrics.retries.inc()
+        log.info("request_not_split", request_id=call.request_id, error=str(error))
+        return error
+    finally:
+        ctx.in_flight[node_id] -= 1
+    return None
+
+
 def _pick(ctx: Context, model: str, pin: str, tried: list[NodeId] | tuple[()]) -> Choice | Miss:
     candidates = ctx.replicas.of(ctx.view, ctx.drained)
     choice = pick(candidates, model, ctx.in_flight, excluded=tried, pin=pin, rng=_RNG)
@@ -140,13 +170,13 @@ def _refusal(ctx: Context, call: Call, request: Inference, model: str, missed: C
     why = missed.why if isinstance(missed, Miss) else "no_nodes"
     if why == "no_such_node":
         return NoNodes(f"node {pin!r}, which X-Osync-Node asks for, is not up")
-    if why == "no_model":
+    if why == "no_model" or (why == "no_nodes" and not why_not_ready(ctx)):
         if call.path in _EMBED:
             return ModelNotFound(f'model "{request.model}" not found, try pulling it first')
         return ModelNotFound(f"model '{request.model}' not found")
     if why == "unusable":
         return no_replica(request.model, why_unusable(ctx, model))
-    return NoNodes(why_not_ready(ctx) or "the node went down")
+    return NoNodes(why_no_node(ctx) or "the node went down")
 
 
 class _Attempt:
@@ -211,9 +241,14 @@ class _Attempt:
         if translated is not None:
             head = relay.upstream_head(self._call, translated.target, _BODY_HEADERS)
             json = (("Content-Type", "application/json"),)
-            return RequestHead("POST", head.target, head.headers + json), translated.body
+            return RequestHead("POST", head.target, head.headers + json), self._for_pipelines(translated.body)
         drop = _ENCODING if self._request.is_rewritten else frozenset[str]()
-        return relay.upstream_head(self._call, drop=drop), self._request.body
+        return relay.upstream_head(self._call, drop=drop), self._for_pipelines(self._request.body)
+
+    def _for_pipelines(self, body: bytes) -> bytes:
+        """Give them the options that only they understand; nodes get what everybody gets."""
+        found, options = self._ctx.pipelines, self._request.pipeline_options
+        return with_options(body, options) if options and found and self._peer is found.peer else body
 
     async def _relay(self, exchange: Exchange, head: ResponseHead) -> None:
         """Pass on the answer byte for byte; its head waits for the first bytes, when a retry ends."""

@@ -11,7 +11,7 @@ from osync.errors import BadRequest, ModelNotFound, OsyncError, UpstreamError
 from osync.gateway.context import Call, Context
 from osync.gateway.create import create
 from osync.gateway.fetch import Answer, Result, fan_out, locate, reason, relay_rest
-from osync.gateway.fields import is_streamed, read_fields, text_of
+from osync.gateway.fields import read_fields
 from osync.gateway.progress import Progress
 from osync.gateway.relay import JSON, downstream_head, send_bytes, send_empty, send_json, upstream_head
 from osync.gateway.targets import Node, designated_node, label, ollamas, replicas, usable
@@ -29,17 +29,17 @@ _PULL_ATTEMPTS = 3
 
 async def pull(ctx: Context, call: Call) -> None:
     """POST /api/pull: on one node; clients that pull the same at the same time share its progress."""
-    _, fields = await read_fields(ctx, call)
-    name = text_of(fields, "PullRequest", "model", "name")
+    _, fields = await read_fields(ctx, call, "PullRequest")
+    name = fields.model()
     key = names.canonical(name)
-    streamed = is_streamed(fields, "PullRequest")
-    insecure = fields.get("insecure") is True
+    streamed = fields.boolean("stream", True)
+    insecure = fields.boolean("insecure", False)
     shared = (key, insecure, call.header("x-osync-node"))
     progress = ctx.pulls.get(shared)
     if progress is None:
         nodes = _pullers(usable(ctx, call), name)
         head = upstream_head(call)
-        body = orjson.dumps({**fields, "stream": True})
+        body = orjson.dumps({**fields.data, "stream": True})
 
         def ended(which: Progress) -> None:
             if ctx.pulls.get(shared) is which:
@@ -52,8 +52,8 @@ async def pull(ctx: Context, call: Call) -> None:
 
 async def push(ctx: Context, call: Call) -> None:
     """POST /api/push: from one node that has the model."""
-    raw, fields = await read_fields(ctx, call)
-    name = text_of(fields, "PushRequest", "model", "name")
+    raw, fields = await read_fields(ctx, call, "PushRequest")
+    name = fields.model()
     if not name:
         raise BadRequest("model is required")
     nodes = usable(ctx, call)
@@ -69,9 +69,9 @@ async def push(ctx: Context, call: Call) -> None:
 
 async def copy(ctx: Context, call: Call) -> None:
     """POST /api/copy: on every node that has the source."""
-    raw, fields = await read_fields(ctx, call)
-    source = text_of(fields, "CopyRequest", "source")
-    destination = text_of(fields, "CopyRequest", "destination")
+    raw, fields = await read_fields(ctx, call, "CopyRequest")
+    source = fields.text("source")
+    destination = fields.text("destination")
     for what, name in (("source", source), ("destination", destination)):
         try:
             names.parse(name)
@@ -83,8 +83,8 @@ async def copy(ctx: Context, call: Call) -> None:
 
 async def delete(ctx: Context, call: Call) -> None:
     """DELETE /api/delete: on every node that has the model."""
-    raw, fields = await read_fields(ctx, call)
-    name = text_of(fields, "DeleteRequest", "model", "name")
+    raw, fields = await read_fields(ctx, call, "DeleteRequest")
+    name = fields.model()
     try:
         names.parse(name)
     except BadRequest as error:

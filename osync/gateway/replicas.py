@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from operator import is_
 
-from osync.cluster.view import ClusterView, Peer
+from osync.cluster.view import ClusterView, Peer, is_node
 from osync.core.balancer import Candidate
 from osync.types import LoadedModel, ModelInfo, NodeId, NodeState
 from osync.wire import names
@@ -44,7 +44,7 @@ class Replicas:
     def _make(self) -> None:
         self._up = {}
         for peer, state in zip(self._peers, self._states, strict=True):
-            if state is not None:
+            if state is not None and is_node(state):
                 self._up.setdefault(state.node_id, (state, peer))
         self._candidates = [self._candidate(state) for state, _ in self._up.values()]
         if len(self._kept) > len(self._up) + 64:

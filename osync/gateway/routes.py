@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from osync.gateway import blobs, catalogue, health, inference, manage, nodes, passthrough, status
+from osync.gateway import blobs, catalogue, health, inference, manage, nodes, passthrough, plan, status
 from osync.gateway.context import Handler
 
 Route = tuple[Handler, str]
@@ -20,6 +20,7 @@ _EXACT: dict[str, dict[str, Handler]] = {
     "/readyz": {"GET": health.readyz, "HEAD": health.readyz},
     "/metrics": {"GET": health.metrics, "HEAD": health.metrics},
     "/api/status": {"GET": status.status, "HEAD": status.status},
+    "/api/plan": {"GET": plan.plan},
     "/api/version": {"GET": catalogue.version, "HEAD": catalogue.version},
     "/api/tags": {"GET": catalogue.tags, "HEAD": catalogue.tags},
     "/api/ps": {"GET": catalogue.ps},
@@ -41,6 +42,8 @@ _PREFIX: tuple[tuple[str, dict[str, Handler]], ...] = (
     ("/api/nodes/", {"POST": nodes.admit}),
 )
 
+_OWN = frozenset(("/healthz", "/readyz", "/metrics", "/api/status", "/api/plan"))
+
 _TABLE: dict[tuple[str, str], Route] = {
     (method, path): (handler, path) for path, methods in _EXACT.items() for method, handler in methods.items()
 }
@@ -56,6 +59,14 @@ def find(method: str, path: str) -> Route | None:
     return route
 
 
-def is_known(path: str) -> bool:
-    """Return True if some method of this path is answered here."""
-    return path in _EXACT or any(path.startswith(prefix) for prefix, _ in _PREFIX)
+def methods_of(path: str) -> tuple[str, ...]:
+    """Return the methods that this path is answered for here, () where it is unknown."""
+    found = _EXACT.get(path)
+    if found is None:
+        found = next((methods for prefix, methods in _PREFIX if path.startswith(prefix) and path != prefix), {})
+    return tuple(found)
+
+
+def is_own(path: str) -> bool:
+    """Return True if the path is the proxy's alone: no node knows more of its methods."""
+    return path in _OWN or path.startswith("/api/nodes/")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from time import monotonic
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from osync.cluster.view import Peer
 from osync.core.window import Figures, Window
 from osync.errors import OsyncError
-from osync.gateway import relay
+from osync.gateway import relay, shards
 from osync.gateway.context import Call, Context
 from osync.gateway.fetch import fetch
 from osync.types import BackendState, HostLoad, ModelInfo, NodeId, NodeState, RequestHead
@@ -35,15 +35,20 @@ async def status(ctx: Context, call: Call) -> None:
 
 def report(ctx: Context, now: float) -> dict[str, Any]:
     """Return the `osync` object. `now` in Unix time."""
-    nodes = [_node(ctx, peer, now) for peer in ctx.view.peers]
+    nodes = [_node(ctx, peer, now) for peer in ctx.view.nodes]
     return {
         "version": __version__,
         "node_id": ctx.node_id,
         "proxies": [{"node_id": ctx.node_id, "host": ctx.settings.host, "port": ctx.settings.port, "online": True}],
         "nodes": nodes,
-        "shards": [node for node in nodes if "shard" in node["roles"]],
+        "shards": shards.shards(ctx),
         "models": _models(ctx),
-        "pipelines": [],
+        "pipelines": shards.pipelines(ctx),
+        "distributed": {
+            "enabled": ctx.settings.distributed,
+            "ready": bool(ctx.pipelines and ctx.pipelines.has_shards),
+            "reason": "" if ctx.pipelines else ctx.no_pipelines,
+        },
         "sessions": {"active": sum(ctx.in_flight[state.node_id] for state, _ in ctx.view.up())},
         "requests": {
             "total": ctx.traffic.requests,
@@ -70,6 +75,7 @@ def _node(ctx: Context, peer: Peer, now: float) -> dict[str, Any]:
         "port": state.grpc_port or (int(port) if port.isdigit() else 0),
         "address": peer.link.address,
         "online": online,
+        "round_trip_s": round(peer.link.round_trip_s, 6) if online else None,
         "version": state.version,
         "roles": list(state.roles),
         "draining": state.draining or state.node_id in ctx.drained,
@@ -96,9 +102,10 @@ def _node(ctx: Context, peer: Peer, now: float) -> dict[str, Any]:
             "error": backend.error,
             "version": backend.version,
         },
+        "engine": asdict(backend.engine) if backend.engine else None,
         "loaded_models": [
             {"name": m.name, "digest": m.digest, "size": m.size, "size_vram": m.size_vram,
-             "context_length": m.context_length, "active": m.active, "expires_at": m.expires_at}
+             "context_length": m.context_length, "active": m.active, "queued": m.queued, "expires_at": m.expires_at}
             for m in backend.loaded
         ],
         "models": [m.name for m in backend.models],

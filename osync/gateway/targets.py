@@ -8,7 +8,8 @@ from osync.cluster.view import Peer
 from osync.core.merge import instant, majority
 from osync.errors import NoNodes
 from osync.gateway.context import Call, Context
-from osync.gateway.health import why_not_ready
+from osync.gateway.health import why_no_node
+from osync.gateway.pipelines import as_node
 from osync.gateway.relay import upstream_head
 from osync.types import ModelInfo, NodeState, RequestHead
 from osync.wire import names
@@ -35,8 +36,19 @@ def usable(ctx: Context, call: Call | None = None) -> list[Node]:
         return [found]
     nodes = [node for node in ctx.view.usable() if node[0].node_id not in ctx.drained]
     if not nodes:
-        raise NoNodes(why_not_ready(ctx))
+        raise NoNodes(why_no_node(ctx))
     return nodes
+
+
+def readable(ctx: Context, call: Call) -> list[Node]:
+    """Return the nodes to ask what there is: those that may get requests, and this proxy's pipelines.
+
+    Raises NoNodes where there is none of either.
+    """
+    split = None if call.header("x-osync-node") else as_node(ctx)
+    if split is None:
+        return usable(ctx, call)
+    return [*(node for node in ctx.view.usable() if node[0].node_id not in ctx.drained), split]
 
 
 def ollamas(nodes: Iterable[Node]) -> list[Node]:

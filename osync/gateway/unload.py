@@ -6,7 +6,7 @@ import asyncio
 
 from osync.cluster.view import Peer
 from osync.errors import OsyncError
-from osync.gateway import relay
+from osync.gateway import pipelines, relay
 from osync.gateway.context import Call, Context
 from osync.types import NodeState, ResponseHead
 from osync.wire.request import Inference
@@ -24,6 +24,9 @@ async def unload(ctx: Context, call: Call, request: Inference, model: str) -> bo
     """
     having = {c.node_id: model in c.loaded for c in ctx.replicas.of(ctx.view, ctx.drained) if model in c.present}
     nodes = [(state, peer) for state, peer in ctx.view.up() if state.node_id in having and state.backend.ok]
+    if (split := pipelines.as_node(ctx)) and pipelines.has_loaded(split[0], model):
+        having[split[0].node_id] = True
+        nodes.append(split)
     if not nodes:
         return False
     async with asyncio.TaskGroup() as group:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import grpc
 
@@ -18,9 +18,7 @@ from osync.net.stages import failure_from, route_to
 from osync.net.tasks import Tasks
 from osync.pb import shard_pb2 as pb
 from osync.pb import shard_pb2_grpc
-
-PIECE_BYTES: Final = 1 << 20
-"""Bytes of a frame in one message, so that others on the connection are not held up."""
+from osync.wire.activation import pieces
 
 
 class Arrow:
@@ -119,7 +117,7 @@ class Arrow:
             while True:
                 while self._ready:
                     _, frame = self._ready.popleft()
-                    for message in pieces(frame):
+                    for message in messages(frame):
                         await call.write(message)
                     if self._sent is not None:
                         self._sent()
@@ -138,11 +136,9 @@ class Arrow:
         return UpstreamUnavailable(f"stage {self.route.stage} at {self.address}: {reason}")
 
 
-def pieces(frame: bytes) -> Iterable[pb.FlowUp]:
-    """Cut a frame into messages; the last one says so."""
-    if len(frame) <= PIECE_BYTES:  # most often
-        yield pb.FlowUp(frame=frame, end=True)
-        return
-    for start in range(0, len(frame), PIECE_BYTES):
-        end = start + PIECE_BYTES
-        yield pb.FlowUp(frame=frame[start:end], end=end >= len(frame))
+def messages(frame: bytes) -> Iterator[pb.FlowUp]:
+    """Cut a frame into messages of PIECE bytes at most; the last one says so."""
+    end = 0
+    for piece in pieces((frame,)):
+        end += len(piece)
+        yield pb.FlowUp(frame=piece, end=end == len(frame))

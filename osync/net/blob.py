@@ -33,7 +33,7 @@ _PAUSE_S: Final = 0.3
 FULL_NAME: Final[str] = pb.DESCRIPTOR.services_by_name["Blob"].full_name
 
 Find = Callable[[str], Path | None]
-"""From a digest's 64 hexadecimal digits to the file on this host."""
+"""From a digest's 64 hexadecimal digits to the file on this host; called in a thread."""
 
 
 class BlobService(blob_pb2_grpc.BlobServicer):
@@ -68,7 +68,8 @@ class BlobService(blob_pb2_grpc.BlobServicer):
             os.close(file)
 
     async def _path(self, digest: str, context: Any) -> Path:
-        path = self._find(digest.removeprefix("sha256:").lower())
+        # In a thread: it may have to look at the directories.
+        path = await asyncio.to_thread(self._find, digest.removeprefix("sha256:").lower())
         if path is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"blob {digest[:80]!r} is not on this host")
         assert path is not None

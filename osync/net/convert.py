@@ -16,6 +16,7 @@ from osync.types import (
     EngineReport,
     Gpu,
     Headers,
+    HeldStage,
     HostLoad,
     LoadedModel,
     ModelInfo,
@@ -23,10 +24,11 @@ from osync.types import (
     NodeState,
     RequestHead,
     ResponseHead,
+    ShardState,
 )
 
 PROTOCOL: Final = 1
-_BACKENDS: Final = ("ollama", "engine")
+_BACKENDS: Final = ("ollama", "engine", "none")
 _UINT32: Final = 0xFFFF_FFFF
 _KINDS: Final = {
     name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, OsyncError)
@@ -35,7 +37,9 @@ _MODEL: Final = (
     "name", "digest", "size", "modified_at", "format", "family", "architecture",
     "parameter_size", "quantization", "context_length", "embedding_length",
 )  # fmt: skip
-_LOADED: Final = ("name", "digest", "size", "size_vram", "expires_at", "context_length", "active")
+_STAGE: Final = ("pipeline", "owner", "model", "first", "last", "layers", "size", "state", "progress")
+_SHARD: Final = ("engine", "memory", "memory_free", "s_per_byte")
+_LOADED: Final = ("name", "digest", "size", "size_vram", "expires_at", "context_length", "active", "queued")
 
 _ENGINE: Final = (
     "version", "commit", "system_info", "gpu_offload", "mmap", "mlock", "rpc",
@@ -127,9 +131,15 @@ def fill_state(target: pb.NodeState, state: NodeState) -> None:
     for loaded in source.loaded:
         backend.loaded.add(**_pick(loaded, _LOADED))
     if source.engine is not None:
+        backend.engine.SetInParent()
         backend.engine.MergeFrom(pb.EngineReport(**_pick(source.engine, _ENGINE)))
         for device in source.engine.devices:
             backend.engine.devices.add(**_pick(device, _DEVICE))
+    if state.shard is not None:
+        target.shard.SetInParent()
+        target.shard.MergeFrom(pb.ShardState(digests=state.shard.digests, **_pick(state.shard, _SHARD)))
+        for stage in state.shard.stages:
+            target.shard.stages.add(**_pick(stage, _STAGE))
     load = state.load
     target.load.cpu_percent = load.cpu_percent
     target.load.cpu_count = load.cpu_count
@@ -175,7 +185,13 @@ def state_from(source: pb.NodeState) -> NodeState:
             memory_free=source.load.memory_free,
             gpus=tuple(Gpu(gpu.name, gpu.memory_total, gpu.memory_free) for gpu in source.load.gpus),
         ),
+        shard=_shard(source.shard) if source.HasField("shard") else None,
     )
+
+
+def _shard(source: pb.ShardState) -> ShardState:
+    stages = tuple(HeldStage(**_pick(stage, _STAGE)) for stage in source.stages)
+    return ShardState(digests=tuple(source.digests), stages=stages, **_pick(source, _SHARD))
 
 
 def _models(source: Iterable[pb.ModelInfo]) -> Iterator[ModelInfo]:

@@ -128,6 +128,7 @@ class _ProxyLink:
         self._sent_at = 0.0
         self._state_due = True
         self._soon = False
+        self._pong = 0
         self._timer: asyncio.TimerHandle | None = None
 
     def changed(self) -> None:
@@ -159,6 +160,9 @@ class _ProxyLink:
 
     async def _read(self) -> None:
         while (message := await self._context.read()) is not grpc.aio.EOF:
+            if message.ping:
+                self._pong = message.ping
+                self.session.outbox.wake()
             try:
                 self.session.receive(message.frames)
             except WireError as error:
@@ -178,7 +182,9 @@ class _ProxyLink:
                 self._arm(STATE_EVERY_S)
             frames = message.frames
             outbox.fill(frames)
-            if frames or due:
+            if pong := self._pong:
+                message.pong, self._pong = pong, 0
+            if frames or due or pong:
                 try:
                     await self._context.write(message)
                 except (grpc.aio.BaseError, asyncio.InvalidStateError):

@@ -87,6 +87,11 @@ class Link(Protocol):
         """The newest state that the node pushed; None before the first and while it is down."""
         ...
 
+    @property
+    def round_trip_s(self) -> float:
+        """Measured time to the node and back; 0.0 where it is not known, or the node is here."""
+        ...
+
     def open(self, head: RequestHead, body: bytes | None) -> Exchange:
         """Start an exchange. `body` None: it follows by `send` and `finish`.
 

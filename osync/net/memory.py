@@ -33,6 +33,11 @@ class MemoryLink:
         """What the node says of itself now."""
         return self._state()
 
+    @property
+    def round_trip_s(self) -> float:
+        """Nothing: the node is in this process."""
+        return 0.0
+
     def open(self, head: RequestHead, body: bytes | None) -> MemoryExchange:
         """Start an exchange. `body` None: it follows by `send` and `finish`."""
         return MemoryExchange(self._serve, self._tasks, head, body)

@@ -55,6 +55,8 @@ def describe(error: grpc.RpcError) -> str:
         return "connecting timed out"
     if "DNS resolution failed" in details or "name resolution" in details.lower():
         return "its name does not resolve"
+    if "Internal error from Core" in details:  # a write found the stream ended before its status was read
+        return "connection closed"
     if "Socket closed" in details or "Stream removed" in details or "closed" in details.lower():
         return "connection closed"
     return details.splitlines()[0][:200] if details else (code.name.lower() if code else "unknown error")

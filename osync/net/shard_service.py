@@ -12,13 +12,13 @@ import grpc
 import structlog
 
 from osync.core.stages import Route, StageOrder, StageReport
-from osync.errors import FrameTooLarge, OsyncError, UpstreamUnavailable, WireError
-from osync.net.options import DATA_LIMIT
+from osync.errors import OsyncError, UpstreamUnavailable, WireError
 from osync.net.server import RpcServer
 from osync.net.stages import failure_to, order_from, report_to, route_from
 from osync.net.tasks import Tasks
 from osync.pb import shard_pb2 as pb
 from osync.pb import shard_pb2_grpc
+from osync.wire.activation import Assembler
 
 log = structlog.get_logger("osync.net")
 
@@ -159,22 +159,12 @@ class ShardService(shard_pb2_grpc.ShardServicer):
         return route_from(first)
 
     async def _read(self, context: Any, door: FlowDoor, down: Downstream) -> None:
-        parts: list[bytes] = []
-        size = 0
+        assembler = Assembler()
         try:
             while (message := await context.read()) is not grpc.aio.EOF:
-                size += len(message.frame)
-                if size > DATA_LIMIT:
-                    raise FrameTooLarge(f"a frame is over {DATA_LIMIT} bytes")
-                if not message.end:
-                    parts.append(message.frame)
-                elif parts:
-                    door.take(b"".join((*parts, message.frame)))
-                    parts.clear()
-                    size = 0
-                else:
-                    door.take(message.frame)
-                    size = 0
+                frame = assembler.add(message.frame, message.end)
+                if frame is not None:
+                    door.take(frame)
         except OsyncError as error:
             log.warning("flow_refused", pipeline=down.route.pipeline, stage=down.route.stage, error=str(error))
             down.fail(error)

@@ -17,6 +17,7 @@ from osync.net.convert import PROTOCOL, state_from
 from osync.net.guard import rpc_guard
 from osync.net.options import describe
 from osync.net.remote import RemoteExchange, Session
+from osync.net.round_trip import RoundTrip
 from osync.net.tasks import Tasks
 from osync.pb import node_pb2 as pb
 from osync.pb import node_pb2_grpc
@@ -29,6 +30,7 @@ SILENCE_S: Final = 3.0
 """A node pushes its state every second; one that is silent this long is taken for dead."""
 BACKOFF_S: Final = (0.2, 2.0)
 """First and longest wait between attempts to connect."""
+PING_EVERY_S: Final = 1.0
 
 
 class RemoteLink:
@@ -46,6 +48,7 @@ class RemoteLink:
         self._state: NodeState | None = None
         self._session: Session | None = None
         self._heard_at = 0.0
+        self._round_trip = RoundTrip()
         self._tasks = Tasks(f"link.{address}")
         self._listeners: list[Callable[[], None]] = []
 
@@ -58,6 +61,11 @@ class RemoteLink:
     def state(self) -> NodeState | None:
         """The newest state that the node pushed; None before the first and while it is down."""
         return self._state
+
+    @property
+    def round_trip_s(self) -> float:
+        """Measured time there and back; 0.0 before the first measurement."""
+        return self._round_trip.seconds
 
     def on_change(self, notify: Callable[[], None]) -> None:
         """Call `notify` in the loop whenever a state came in, or the link went down or failed again."""
@@ -92,12 +100,14 @@ class RemoteLink:
         """Hold one stream until it ends."""
         session = Session(self._address)
         reason = "the link was closed"
+        self._round_trip.reset()
         tasks = Tasks(f"link.{self._address}")
         async with rpc_guard(stub.Link()) as call:
             try:
                 self._heard_at = time.monotonic()
                 reader = tasks.spawn("read", self._read(call, session))
                 writer = tasks.spawn("write", self._write(call, session))
+                tasks.spawn("ping", self._ping(session))
                 reason = await self._watch(reader, writer)
             finally:
                 session.broke(reason)
@@ -120,6 +130,8 @@ class RemoteLink:
             while (message := await call.read()) is not grpc.aio.EOF:
                 self._heard_at = time.monotonic()
                 session.receive(message.frames)
+                if message.pong:
+                    self._round_trip.returned(message.pong, self._heard_at)
                 if message.HasField("state"):
                     self._up(session, state_from(message.state))
         except grpc.RpcError as error:
@@ -138,10 +150,19 @@ class RemoteLink:
                 message = pb.LinkUp()
                 frames = message.frames
                 session.outbox.fill(frames)
-                if frames:
+                if ping := self._round_trip.due:
+                    message.ping = ping
+                    self._round_trip.sent(time.monotonic())
+                if frames or ping:
                     await call.write(message)
         except (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError):
             return  # the stream has ended; the reader says why
+
+    async def _ping(self, session: Session) -> None:
+        while True:
+            self._round_trip.ask()
+            session.outbox.wake()
+            await asyncio.sleep(PING_EVERY_S)
 
     def _up(self, session: Session, state: NodeState) -> None:
         self._session, self._state = session, state

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import structlog
 
@@ -14,16 +15,33 @@ from osync.config import Settings
 from osync.errors import CapacityError
 from osync.net.exchange import Body, Responder
 from osync.node.host import HostSampler
-from osync.types import NodeId, NodeState, RequestHead
+from osync.types import NodeId, NodeState, RequestHead, ShardState
 from osync.version import __version__
 
 log = structlog.get_logger("osync.node")
 
 
+class Lends(Protocol):
+    """The shard role of the same daemon, whose state travels with the node's."""
+
+    def state(self) -> ShardState:
+        """Return what it lends now."""
+        ...
+
+    def on_change(self, notify: Callable[[], None]) -> None:
+        """Call `notify` whenever `state()` would answer something new."""
+        ...
+
+
 class NodeRole:
     """Owns the backend. `serve` is a `Serve`."""
 
-    def __init__(self, settings: Settings, backend: Backend, node_id: NodeId, grpc_port: int = 0) -> None:
+    def __init__(
+        self, settings: Settings, backend: Backend, node_id: NodeId, grpc_port: int = 0, shard: Lends | None = None
+    ) -> None:
+        self._shard = shard
+        if shard is not None:
+            shard.on_change(self._changed)
         self._grpc_port = grpc_port
         self._backend = backend
         self._node_id = node_id
@@ -70,6 +88,7 @@ class NodeRole:
                 load=self._host.load,
                 draining=self._draining,
                 started_at=self._started_at,
+                shard=self._shard.state() if self._shard else None,
             )
         return self._known
 

@@ -26,6 +26,9 @@ class LinkUp(_message.Message):
 
     HELLO_FIELD_NUMBER: _builtins.int
     FRAMES_FIELD_NUMBER: _builtins.int
+    PING_FIELD_NUMBER: _builtins.int
+    ping: _builtins.int
+    """once a second, counting; the node returns it at once"""
     @_builtins.property
     def hello(self) -> Global___Hello:
         """the first message, and only that"""
@@ -37,10 +40,11 @@ class LinkUp(_message.Message):
         *,
         hello: Global___Hello | None = ...,
         frames: _abc.Iterable[Global___Frame] | None = ...,
+        ping: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frames", b"frames", "hello", b"hello"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frames", b"frames", "hello", b"hello", "ping", b"ping"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -54,6 +58,9 @@ class LinkDown(_message.Message):
 
     STATE_FIELD_NUMBER: _builtins.int
     FRAMES_FIELD_NUMBER: _builtins.int
+    PONG_FIELD_NUMBER: _builtins.int
+    pong: _builtins.int
+    """the newest ping"""
     @_builtins.property
     def state(self) -> Global___NodeState:
         """in the first message, at once when it changes, and every second"""
@@ -65,10 +72,11 @@ class LinkDown(_message.Message):
         *,
         state: Global___NodeState | None = ...,
         frames: _abc.Iterable[Global___Frame] | None = ...,
+        pong: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frames", b"frames", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frames", b"frames", "pong", b"pong", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -206,6 +214,7 @@ class NodeState(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     STARTED_AT_FIELD_NUMBER: _builtins.int
+    SHARD_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     hostname: _builtins.str
     version: _builtins.str
@@ -218,6 +227,10 @@ class NodeState(_message.Message):
     def backend(self) -> Global___BackendState: ...
     @_builtins.property
     def load(self) -> Global___HostLoad: ...
+    @_builtins.property
+    def shard(self) -> Global___ShardState:
+        """where the daemon has the role"""
+
     def __init__(
         self,
         *,
@@ -230,14 +243,98 @@ class NodeState(_message.Message):
         load: Global___HostLoad | None = ...,
         draining: _builtins.bool = ...,
         started_at: _builtins.float = ...,
+        shard: Global___ShardState | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "load", b"load"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "load", b"load", "shard", b"shard"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "draining", b"draining", "grpc_port", b"grpc_port", "hostname", b"hostname", "load", b"load", "node_id", b"node_id", "roles", b"roles", "started_at", b"started_at", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "draining", b"draining", "grpc_port", b"grpc_port", "hostname", b"hostname", "load", b"load", "node_id", b"node_id", "roles", b"roles", "shard", b"shard", "started_at", b"started_at", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___NodeState: _TypeAlias = NodeState  # noqa: Y015
+
+@_typing.final
+class ShardState(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENGINE_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
+    MEMORY_FREE_FIELD_NUMBER: _builtins.int
+    S_PER_BYTE_FIELD_NUMBER: _builtins.int
+    DIGESTS_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    engine: _builtins.str
+    """version of llama.cpp"""
+    memory: _builtins.int
+    """that it lends, in bytes"""
+    memory_free: _builtins.int
+    """of it not held"""
+    s_per_byte: _builtins.float
+    """measured time per byte of weights in the evaluation of one token"""
+    @_builtins.property
+    def digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldStage]: ...
+    def __init__(
+        self,
+        *,
+        engine: _builtins.str = ...,
+        memory: _builtins.int = ...,
+        memory_free: _builtins.int = ...,
+        s_per_byte: _builtins.float = ...,
+        digests: _abc.Iterable[_builtins.str] | None = ...,
+        stages: _abc.Iterable[Global___HeldStage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "engine", b"engine", "memory", b"memory", "memory_free", b"memory_free", "s_per_byte", b"s_per_byte", "stages", b"stages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShardState: _TypeAlias = ShardState  # noqa: Y015
+
+@_typing.final
+class HeldStage(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIPELINE_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    pipeline: _builtins.str
+    owner: _builtins.str
+    model: _builtins.str
+    first: _builtins.int
+    last: _builtins.int
+    layers: _builtins.int
+    size: _builtins.int
+    state: _builtins.str
+    progress: _builtins.float
+    def __init__(
+        self,
+        *,
+        pipeline: _builtins.str = ...,
+        owner: _builtins.str = ...,
+        model: _builtins.str = ...,
+        first: _builtins.int = ...,
+        last: _builtins.int = ...,
+        layers: _builtins.int = ...,
+        size: _builtins.int = ...,
+        state: _builtins.str = ...,
+        progress: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "last", b"last", "layers", b"layers", "model", b"model", "owner", b"owner", "pipeline", b"pipeline", "progress", b"progress", "size", b"size", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldStage: _TypeAlias = HeldStage  # noqa: Y015
 
 @_typing.final
 class BackendState(_message.Message):
@@ -456,6 +553,7 @@ class LoadedModel(_message.Message):
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
     CONTEXT_LENGTH_FIELD_NUMBER: _builtins.int
     ACTIVE_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     digest: _builtins.str
     size: _builtins.int
@@ -463,6 +561,7 @@ class LoadedModel(_message.Message):
     expires_at: _builtins.str
     context_length: _builtins.int
     active: _builtins.int
+    queued: _builtins.int
     def __init__(
         self,
         *,
@@ -473,10 +572,11 @@ class LoadedModel(_message.Message):
         expires_at: _builtins.str = ...,
         context_length: _builtins.int = ...,
         active: _builtins.int = ...,
+        queued: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "context_length", b"context_length", "digest", b"digest", "expires_at", b"expires_at", "name", b"name", "size", b"size", "size_vram", b"size_vram"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "context_length", b"context_length", "digest", b"digest", "expires_at", b"expires_at", "name", b"name", "queued", b"queued", "size", b"size", "size_vram", b"size_vram"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

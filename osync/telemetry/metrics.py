@@ -8,12 +8,15 @@ made of them when somebody scrapes, in the loop's thread too.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from osync.telemetry.lag import BOUNDS_S, LoopLag
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -88,9 +91,17 @@ class Metrics:
         """Count one failure; `kind` is an error class's name."""
         self._errors[kind] = self._errors.get(kind, 0) + 1
 
-    def watch(self, in_flight: Reading, nodes: Reading) -> None:
-        """Add the gauges: open requests by node, and nodes by state."""
-        self.registry.register(_Gauges(in_flight, nodes))
+    def watch(self, in_flight: Reading, nodes: Reading, active: Reading, queued: Reading) -> None:
+        """Add the gauges: requests by node, open here, in work there and waiting there; and nodes by state."""
+        self.registry.register(_Gauges(in_flight, nodes, active, queued))
+
+    def watch_shards(self, readings: Callable[[], Iterable[ShardReading]]) -> None:
+        """Add the figures of shards and pipelines."""
+        self.registry.register(_Shards(readings))
+
+    def watch_loop(self, lag: LoopLag) -> None:
+        """Add the histogram of the event loop's lateness."""
+        self.registry.register(_Lag(lag))
 
     def text(self) -> bytes:
         """Return all series in Prometheus' text form."""
@@ -134,17 +145,79 @@ class _Counts(Collector):
 
 
 class _Gauges(Collector):
-    def __init__(self, in_flight: Reading, nodes: Reading) -> None:
-        self._in_flight = in_flight
+    def __init__(self, in_flight: Reading, nodes: Reading, active: Reading, queued: Reading) -> None:
+        self._by_node = (
+            ("osync_in_flight", "Open requests", in_flight),
+            ("osync_node_active", "Requests that a node's backend works on, by its own account", active),
+            ("osync_node_queued", "Requests that wait in a node, for a load or a free place", queued),
+        )
         self._nodes = nodes
 
     def collect(self) -> Iterator[Metric]:
         """Yield the gauges as they are now."""
-        open_now = GaugeMetricFamily("osync_in_flight", "Open requests", labels=("node",))
-        for node, count in self._in_flight().items():
-            open_now.add_metric((node,), count)
-        yield open_now
+        for name, meaning, reading in self._by_node:
+            family = GaugeMetricFamily(name, meaning, labels=("node",))
+            for node, count in reading().items():
+                family.add_metric((node,), count)
+            yield family
         nodes = GaugeMetricFamily("osync_nodes", "Known nodes", labels=("state",))
         for state, count in self._nodes().items():
             nodes.add_metric((state,), count)
         yield nodes
+
+
+@dataclass(frozen=True, slots=True)
+class ShardReading:
+    """One figure of a shard or a pipeline; its name is one of those that `_SHARDS` explains."""
+
+    name: str
+    labels: tuple[str, ...]
+    value: float
+
+
+_PIPELINE = ("pipeline", "model")
+_STAGE = (*_PIPELINE, "stage", "node")
+_SHARDS: Mapping[str, tuple[str, tuple[str, ...], bool]] = {
+    "shard_memory_bytes": ("Memory that a shard lends", ("node",), False),
+    "shard_memory_free_bytes": ("Memory of it that no stage holds", ("node",), False),
+    "shard_stages": ("Stages that a shard holds", ("node",), False),
+    "shard_round_trip_seconds": ("Time to a shard and back", ("node",), False),
+    "pipeline_stages": ("Stages of a pipeline", _PIPELINE, False),
+    "pipeline_size_bytes": ("Weights and KV cache of all stages", _PIPELINE, False),
+    "pipeline_tokens_per_second": ("Tokens of all sequences together, of late", _PIPELINE, False),
+    "pipeline_active": ("Requests that a pipeline works on", _PIPELINE, False),
+    "pipeline_queued": ("Requests that wait for a place in it", _PIPELINE, False),
+    "pipeline_recoveries": ("Times that it was made anew", _PIPELINE, True),
+    "pipeline_stage_rows": ("Tokens that a stage evaluated, once per sequence", _STAGE, True),
+    "pipeline_stage_busy_seconds": ("Time that a stage spent in evaluations", _STAGE, True),
+    "pipeline_stage_wire_seconds": ("Time that a stage's frames were on their way to the next one", _STAGE, True),
+    "pipeline_stage_queued": ("Frames that wait before a stage", _STAGE, False),
+}
+"""Meaning, labels, and whether the figure only grows."""
+
+
+class _Shards(Collector):
+    def __init__(self, readings: Callable[[], Iterable[ShardReading]]) -> None:
+        self._readings = readings
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the figures as they are now."""
+        families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+        for name, (meaning, labels, grows) in _SHARDS.items():
+            kind = CounterMetricFamily if grows else GaugeMetricFamily
+            families[name] = kind(f"osync_{name}", meaning, labels=labels)
+        for reading in self._readings():
+            families[reading.name].add_metric(reading.labels, reading.value)
+        yield from (family for family in families.values() if family.samples)
+
+
+class _Lag(Collector):
+    def __init__(self, lag: LoopLag) -> None:
+        self._lag = lag
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the histogram as it is now."""
+        family = HistogramMetricFamily("osync_event_loop_lag_seconds", "How late timers of the event loop ran")
+        bounds = (*map(str, BOUNDS_S), "+Inf")
+        family.add_metric((), list(zip(bounds, accumulate(self._lag.counts), strict=True)), self._lag.total_s)
+        yield family

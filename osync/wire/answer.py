@@ -13,8 +13,8 @@ import orjson
 from osync.errors import FrameTooLarge, StreamBroken
 from osync.types import Headers, ResponseHead
 from osync.wire import sse
+from osync.wire.body import Object
 from osync.wire.errors import Surface, error_body, stream_error
-from osync.wire.fields import Object
 from osync.wire.ndjson import LineSplitter
 
 MAX_WHOLE = 256 << 20

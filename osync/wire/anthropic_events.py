@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 from osync.wire import sse
 from osync.wire.answer import Codec, Ids, Reply, read_reply
+from osync.wire.body import Object
 from osync.wire.errors import Surface
-from osync.wire.fields import Object, model_of
+from osync.wire.fields import model_of
 
 
 class MessagesCodec(Codec):

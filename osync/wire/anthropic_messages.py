@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from osync.errors import BadRequest
+from osync.wire.body import Object
 from osync.wire.fields import (
-    Object,
     flag,
     image_data,
     integer,

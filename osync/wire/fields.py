@@ -1,38 +1,91 @@
-"""Typed access to the fields of a JSON request body. Wrong types raise BadRequest; null is absent."""
+"""Typed access to the fields of a JSON request body. Wrong types raise BadRequest; null is absent.
+
+`Fields` speaks in the words of Ollama's Go decoder; the functions below, in those of the translated surfaces.
+"""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
 import orjson
 
 from osync.errors import BadRequest
-
-Object = dict[str, Any]
-
-
-def parse_object(body: bytes) -> Object:
-    """Return the JSON object that `body` is."""
-    if not body.strip():
-        raise BadRequest("missing request body")
-    try:
-        value = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise BadRequest(f"invalid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise BadRequest("invalid JSON: the request body must be an object")
-    return value
+from osync.wire.body import Object, folded, parse_object
+from osync.wire.body import wrong_type as go_wrong_type
 
 
-def dump_object(value: Object) -> bytes:
-    """Return `value` as JSON; BadRequest where it nests deeper than the codec goes."""
-    try:
-        return orjson.dumps(value)
-    except TypeError:
-        raise BadRequest("the request body is nested too deeply") from None
+class Fields:
+    """A JSON object of Ollama's API with typed access. Every accessor raises BadRequest on a wrong type."""
+
+    def __init__(self, data: Mapping[str, Any], struct: str) -> None:
+        self.data = dict(data)
+        """The object as it came; the accessors find its fields in any case, as Go does."""
+        self._fields = folded(self.data)
+        self._struct = struct
+
+    @classmethod
+    def decode(cls, body: bytes, struct: str) -> Self:
+        """Parse a body. Raises BadRequest."""
+        return cls(parse_object(body, struct), struct)
+
+    def has(self, name: str) -> bool:
+        """True if the field is there and not null."""
+        return self._fields.get(name) is not None
+
+    def raw(self, name: str) -> Any:
+        """Return a field of any type, None where absent."""
+        return self._fields.get(name)
+
+    def _typed(self, name: str, kind: type, go: str, default: Any) -> Any:
+        value = self._fields.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, kind):
+            raise self.wrong(name, value, go)
+        return value
+
+    def wrong(self, name: str, value: Any, go: str) -> BadRequest:
+        """Return the error for a field of the wrong type."""
+        return go_wrong_type(value, f"{self._struct}.{name}", go)
+
+    def text(self, name: str) -> str:
+        """Return a string, "" where absent."""
+        return str(self._typed(name, str, "string", ""))
+
+    def first_text(self, *names: str) -> str:
+        """Return the first string of these that is not empty, "" for none; all must be strings."""
+        texts = [self.text(name) for name in names]
+        return next(filter(None, texts), "")
+
+    def boolean(self, name: str, default: bool) -> bool:
+        """Return a boolean."""
+        return bool(self._typed(name, bool, "bool", default))
+
+    def object(self, name: str) -> Object:
+        """Return an object, empty where absent."""
+        value: Object = self._typed(name, dict, "map[string]interface {}", {})
+        return value
+
+    def array(self, name: str, go: str) -> list[Any]:
+        """Return an array, empty where absent."""
+        value: list[Any] = self._typed(name, list, go, [])
+        return value
+
+    def integers(self, name: str) -> list[int]:
+        """Return an array of integers."""
+        values = self.array(name, "[]int")
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise self.wrong(name, value, "int")
+        return values
+
+    def model(self) -> str:
+        """Return the model's name; `name` is its old field."""
+        return self.first_text("model", "name")
 
 
 def model_of(request: Object) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 from osync.errors import BadRequest
 from osync.wire import sse
 from osync.wire.answer import Codec, Ids, Reply, ToolCall, read_reply
+from osync.wire.body import Object
 from osync.wire.fields import (
-    Object,
     flag,
     image_of_url,
     integer,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from osync.errors import BadRequest
 from osync.wire import sse
 from osync.wire.answer import Codec, Ids, Reply, read_reply
-from osync.wire.fields import Object, flag, integer, model_of, strings, text
+from osync.wire.body import Object
+from osync.wire.fields import flag, integer, model_of, strings, text
 from osync.wire.openai_chat import (
     FINGERPRINT,
     finish_reason,

@@ -8,7 +8,8 @@ from typing import Any
 
 from osync.errors import BadRequest, StreamBroken
 from osync.wire.answer import Codec, read_reply
-from osync.wire.fields import Object, integer, model_of, text
+from osync.wire.body import Object
+from osync.wire.fields import integer, model_of, text
 
 _FORMATS = ("float", "base64")
 
@@ -21,7 +22,7 @@ def embed_request(request: Object) -> Object:
     if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
         raise BadRequest("invalid input type: expected a string or a list of strings")
     encoding_format(request)
-    native: Object = {"model": model_of(request), "input": value}
+    native: Object = {"model": model_of(request), "input": value or [""]}  # "" alone would only load
     dimensions = integer(request, "dimensions")
     if dimensions:
         native["dimensions"] = dimensions

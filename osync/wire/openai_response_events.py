@@ -6,7 +6,8 @@ from typing import Any
 
 from osync.wire import sse
 from osync.wire.answer import Codec, Ids, Reply, ToolCall, read_reply
-from osync.wire.fields import Object, flag, model_of, number, objects
+from osync.wire.body import Object
+from osync.wire.fields import flag, model_of, number, objects
 
 
 class ResponsesCodec(Codec):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,14 @@ FOREVER = math.inf
 
 _MAX_SECONDS = (2**63 - 1) / 1e9  # Go's durations are int64 nanoseconds
 _INT32 = 2**31 - 1
+_FLOAT32 = 3e38
 
-_INTEGERS = {"num_keep", "seed", "num_predict", "top_k", "repeat_last_n"}
+_INTEGERS = {"num_keep", "num_predict", "top_k", "repeat_last_n"}
 _FLOATS = {"top_p", "min_p", "typical_p", "temperature", "repeat_penalty", "presence_penalty", "frequency_penalty"}
 _RUNNER = {"num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread"}
+_POSITIVE = {"num_ctx", "num_batch", "num_thread"}
+_ACTIVATIONS = ("f32", "f16", "q8")
+_UNUSED = {"draft_num_predict"}  # Ollama's, checked as such
 
 
 class InvalidOption(BadRequest):
@@ -37,6 +41,12 @@ class RunnerOptions:
     main_gpu: int | None = None
     use_mmap: bool | None = None
     num_thread: int | None = None
+    stages: int | None = None
+    """Over shards: at most so many."""
+    shards: tuple[str, ...] | None = None
+    """Over shards: only these, by address, node id or host name."""
+    activation_dtype: str | None = None
+    """Over shards: what stages send each other: f32, f16 or q8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +58,10 @@ class ParsedOptions:
 
 
 def parse_options(raw: Mapping[str, Any]) -> ParsedOptions:
-    """Check an `options` object; unknown keys and nulls are ignored. Raises InvalidOption."""
+    """Check an `options` object as Ollama does: types, no ranges; unknown keys and nulls are ignored.
+
+    What int32 and float32 cannot hold becomes the nearest that they can. Raises InvalidOption.
+    """
     sampling: dict[str, Any] = {}
     runner: dict[str, Any] = {}
     for key, value in raw.items():
@@ -58,30 +71,46 @@ def parse_options(raw: Mapping[str, Any]) -> ParsedOptions:
             sampling[key] = _integer(key, value)
         elif key in _FLOATS:
             sampling[key] = _float(key, value)
+        elif key == "seed":
+            sampling[key] = _seed(key, value)
         elif key == "stop":
             sampling[key] = _strings(key, value)
         elif key in _RUNNER:
-            runner[key] = _integer(key, value)
+            number = _integer(key, value)
+            if number > 0 or key not in _POSITIVE:  # else it leaves the choice to the runner, as absent does
+                runner[key] = number
         elif key == "use_mmap":
             if not isinstance(value, bool):
                 raise InvalidOption(f'option "{key}" must be of type boolean')
             runner[key] = value
+        elif key in _PIPELINE:
+            runner[key] = _PIPELINE[key](value)
+        elif key in _UNUSED:
+            _number(key, value, "integer")
     return ParsedOptions(sampling, RunnerOptions(**runner))
 
 
-def _integer(key: str, value: object) -> int:
+def _number(key: str, value: object, kind: str) -> int | float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        raise InvalidOption(f'option "{key}" must be of type integer')
-    return int(max(-_INT32, min(_INT32, value)))  # Go truncates floats; the engine counts in int32
+        raise InvalidOption(f'option "{key}" must be of type {kind}')
+    return value
+
+
+def _integer(key: str, value: object) -> int:
+    # Go truncates floats; the engine counts in int32.
+    return int(max(-_INT32, min(_INT32, _number(key, value, "integer"))))
 
 
 def _float(key: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidOption(f'option "{key}" must be of type float32')
-    number = float(max(-3e38, min(3e38, value)))
-    if not math.isfinite(number):
-        raise InvalidOption(f'option "{key}" must be of type float32')
-    return number
+    return float(max(-_FLOAT32, min(_FLOAT32, _number(key, value, "float32"))))
+
+
+def _seed(key: str, value: object) -> int:
+    """Keep a seed's low 32 bits, as llama.cpp does: clients draw them from 64, and each must differ."""
+    number = _number(key, value, "integer")
+    if isinstance(number, float):
+        number = max(-1e300, min(1e300, number))  # not infinite
+    return (int(number) + 2**31) % 2**32 - 2**31
 
 
 def _strings(key: str, value: object) -> tuple[str, ...]:
@@ -90,6 +119,29 @@ def _strings(key: str, value: object) -> tuple[str, ...]:
     if not all(isinstance(item, str) for item in value):
         raise InvalidOption(f'option "{key}" must be of an array of strings')
     return tuple(item for item in value if item)
+
+
+def _stages(value: object) -> int | None:
+    return max(0, _integer("stages", value)) or None
+
+
+def _shards(value: object) -> tuple[str, ...] | None:
+    """Read the names of shards: an array, or one string with commas; none leaves the choice."""
+    names = value.split(",") if isinstance(value, str) else _strings("shards", value)
+    return tuple(sorted({name.strip() for name in names if name.strip()})) or None
+
+
+def _activation(value: object) -> object:
+    if value not in _ACTIVATIONS:
+        raise InvalidOption(f'option "activation_dtype" must be one of {", ".join(_ACTIVATIONS)}')
+    return value
+
+
+_PIPELINE: Mapping[str, Callable[[object], object]] = {
+    "stages": _stages,
+    "shards": _shards,
+    "activation_dtype": _activation,
+}
 
 
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}

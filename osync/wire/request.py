@@ -6,33 +6,24 @@ Errors are in the words of the Go decoder, as far as they are known to clients.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
 import zstandard
 
 from osync.errors import BadRequest, FrameTooLarge
+from osync.wire.body import dump_object, folded, parse_object, struct_of, wrong_type
 from osync.wire.options import parse_keep_alive
 
 MAX_COMPRESSED = 20 << 20
 """Ollama's own bound for zstd bodies."""
 MAX_DECOMPRESSED = 64 << 20
 EXTENSIONS = ("distributed", "session_id", "quantize")
+PIPELINE_OPTIONS = ("stages", "shards", "activation_dtype")
+"""Options of the runner that only a pipeline understands; like EXTENSIONS they reach no other backend."""
+_OWN = frozenset((*EXTENSIONS, *PIPELINE_OPTIONS))
 
-_STRUCTS = {
-    "/api/generate": "GenerateRequest",
-    "/api/chat": "ChatRequest",
-    "/api/embed": "EmbedRequest",
-    "/api/embeddings": "EmbeddingRequest",
-    "/v1/chat/completions": "ChatCompletionRequest",
-    "/v1/completions": "CompletionRequest",
-    "/v1/embeddings": "EmbedRequest",
-    "/v1/responses": "ResponsesRequest",
-    "/v1/messages": "MessagesRequest",
-}
 _MODEL_REQUIRED = frozenset(
     ("/api/chat", "/api/embeddings", "/v1/chat/completions", "/v1/responses", "/v1/messages",
      "/v1/audio/transcriptions")
@@ -58,6 +49,10 @@ class Inference:
     distributed: bool | None = None
     session_id: str = ""
     quantize: str = ""
+    pipeline_options: Mapping[str, Any] = field(default_factory=dict)
+    """Those of PIPELINE_OPTIONS that were given."""
+    num_ctx: object = None
+    """The option as it came: how long a context the model is loaded with decides how much memory it takes."""
 
 
 def parse(path: str, body: bytes, header: Callable[[str], str], limit: int = MAX_DECOMPRESSED) -> Inference:
@@ -73,13 +68,13 @@ def parse(path: str, body: bytes, header: Callable[[str], str], limit: int = MAX
     plain, encoding = body, header("content-encoding")
     if encoding and encoding.strip().lower() == "zstd":
         plain = decompress(body, limit)
-    value = parse_object(path, plain)
-    fields = value if "".join(value).islower() else _folded(value)
+    value = parse_object(plain, struct_of(path))
+    fields = folded(value)
     options = _field(fields, "options", dict, path, "map[string]interface {}")
-    extensions = {name: options.pop(name) for name in EXTENSIONS if name in options} if options else {}
+    extensions = {name: options.pop(name) for name in _OWN.intersection(options)} if options else {}
     is_rewritten = bool(extensions)
     if is_rewritten:
-        body = plain = _dump(value)
+        body = plain = dump_object(value)
     is_load = is_unload = False
     if path == "/api/chat":
         is_load = not _field(fields, "messages", list, path, "[]api.Message")
@@ -102,21 +97,17 @@ def parse(path: str, body: bytes, header: Callable[[str], str], limit: int = MAX
         distributed=_extension(extensions, "distributed", bool),
         session_id=_extension(extensions, "session_id", str) or header("x-osync-session"),
         quantize=_extension(extensions, "quantize", str) or "",
+        pipeline_options={name: extensions[name] for name in PIPELINE_OPTIONS if extensions.get(name) is not None},
+        num_ctx=options.get("num_ctx") if options else None,
     )
 
 
-def parse_object(path: str, body: bytes) -> dict[str, Any]:
-    """Read a JSON object as Go would. Raises BadRequest in Go's words."""
-    try:
-        value = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        value = _parse_leniently(body)
-    if not isinstance(value, dict):
-        if value is None:
-            return {}
-        struct = _STRUCTS.get(path, "Request")
-        raise BadRequest(f"json: cannot unmarshal {_go_kind(value)} into Go value of type api.{struct}")
-    return value
+def with_options(body: bytes, options: Mapping[str, Any]) -> bytes:
+    """Return a native request with these options added to its own."""
+    value = parse_object(body, "Request")
+    own = folded(value).get("options")
+    value = {name: item for name, item in value.items() if name.lower() != "options"}
+    return dump_object({**value, "options": {**(own if isinstance(own, dict) else {}), **options}})
 
 
 def decompress(body: bytes, limit: int = MAX_DECOMPRESSED) -> bytes:
@@ -160,90 +151,11 @@ def multipart_field(body: bytes, content_type: str, name: str) -> str:
     return ""
 
 
-def _parse_leniently(body: bytes) -> Any:
-    """Accept what Go accepts and orjson does not: bad UTF-8, lone surrogates, text after the value."""
-    text = body.decode("utf-8", "replace")
-    start = len(text) - len(text.lstrip(" \t\r\n"))
-    if start == len(text):
-        raise BadRequest("EOF")
-    try:
-        value, _ = _DECODER.raw_decode(text, start)
-    except RecursionError:
-        raise BadRequest("json: exceeded max depth") from None
-    except json.JSONDecodeError as error:
-        rest = text[error.pos :].lstrip(" \t\r\n")
-        if not rest or error.msg.startswith("Unterminated string"):
-            raise BadRequest("unexpected EOF") from None
-        raise BadRequest(f"invalid character {_quoted(rest[0])} {_looking_for(error.msg)}") from None
-    return _without_surrogates(value)
-
-
-def _dump(value: dict[str, Any]) -> bytes:
-    try:
-        return orjson.dumps(value)
-    except TypeError:  # an integer over 64 bits, or nesting that only the lenient reader takes
-        return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
-
-
-def _reject_constant(name: str) -> Any:
-    raise BadRequest(f"invalid character {_quoted(name.lstrip('-')[0])} looking for beginning of value")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_reject_constant)
-
-
-def _without_surrogates(value: Any) -> Any:
-    """Replace lone surrogates as Go does, so that the value can be written as UTF-8 again."""
-    text = json.dumps(value, ensure_ascii=False)
-    if text.isascii():
-        return value
-    return json.loads(text.encode("utf-8", "replace"))
-
-
-def _looking_for(message: str) -> str:
-    if message.startswith("Expecting property name"):
-        return "looking for beginning of object key string"
-    if message.startswith("Expecting ':'"):
-        return "after object key"
-    if message.startswith("Expecting ','"):
-        return "after object key:value pair"
-    if message.startswith("Invalid control character"):
-        return "in string literal"
-    if "escape" in message:
-        return "in string escape code"
-    return "looking for beginning of value"
-
-
-def _quoted(character: str) -> str:
-    return {"'": "'\\''", '"': "'\"'"}.get(character, repr(character))
-
-
-def _go_kind(value: Any) -> str:
-    if isinstance(value, bool):
-        return "bool"
-    if isinstance(value, (int, float)):
-        return "number"
-    return "string" if isinstance(value, str) else "array" if isinstance(value, list) else "object"
-
-
-def _folded(value: dict[str, Any]) -> dict[str, Any]:
-    """Return an object's fields as Go finds them: in any case, the exact name first, null as if absent."""
-    fields: dict[str, Any] = {}
-    for key, item in value.items():
-        name = key.lower()
-        if item is not None and (key == name or name not in fields):
-            fields[name] = item
-    return fields
-
-
 def _field(fields: dict[str, Any], name: str, kind: type, path: str, go_type: str) -> Any:
     """Return a field of the given type; None where absent or null."""
     found = fields.get(name)
     if found is not None and not isinstance(found, kind):
-        raise BadRequest(
-            f"json: cannot unmarshal {_go_kind(found)} into Go struct field "
-            f"{_STRUCTS.get(path, 'Request')}.{name} of type {go_type}"
-        )
+        raise wrong_type(found, f"{struct_of(path)}.{name}", go_type)
     return found
 
 

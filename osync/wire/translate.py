@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from osync.wire.answer import Codec, Ids, SurfaceAnswer
 from osync.wire.anthropic_events import MessagesCodec
 from osync.wire.anthropic_messages import messages_request
-from osync.wire.fields import Object, dump_object, parse_object
+from osync.wire.body import Object, dump_object, parse_object, struct_of
 from osync.wire.openai_chat import ChatCodec, chat_request
 from osync.wire.openai_completions import CompletionCodec, generate_request
 from osync.wire.openai_embeddings import EmbeddingsCodec, embed_request
@@ -46,10 +46,11 @@ def translate(path: str, body: bytes, seed: str = "") -> Translated | None:
 
     Raises BadRequest. `seed` (a request id) sets apart the ids of requests whose bytes are equal.
     """
-    route = _ROUTES.get(path.partition("?")[0])
+    path = path.partition("?")[0]
+    route = _ROUTES.get(path)
     if route is None:
         return None
-    request = parse_object(body)
+    request = parse_object(body, struct_of(path))
     native = route.request(request)
     ids = Ids(seed, body)
     codec = route.codec(request, native, ids)

@@ -148,3 +148,19 @@ async def test_load_and_unload_requests(backend):
     unloaded = await call(backend.serve, "POST", "/api/generate", {"model": MODEL, "keep_alive": 0})
     assert unloaded.json()["done_reason"] == "unload"
     assert (await call(backend.serve, "GET", "/api/ps")).json()["models"] == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_ctx": 0, "num_batch": -1, "num_thread": -1, "num_gpu": -5, "main_gpu": 999},
+        {"num_ctx": 1, "num_batch": 1, "num_thread": 10**12, "num_gpu": 10**12, "main_gpu": -1},
+        {"num_ctx": 256, "num_batch": 10**12, "num_keep": 10**12, "repeat_last_n": 10**12, "repeat_penalty": 1.1},
+        {"num_ctx": 256, "repeat_penalty": 0, "temperature": 1e-45, "seed": 2**63, "num_keep": -1, "num_predict": 2},
+    ],
+)
+async def test_any_number_that_ollama_takes_is_taken(backend, options):
+    body = {"model": MODEL, "prompt": "one two three", "stream": False, "options": {"num_predict": 3, **options}}
+    answer = await call(backend.serve, "POST", "/api/generate", body)
+    assert answer.status == 200, answer.body
+    assert answer.json()["eval_count"] > 0

@@ -82,7 +82,6 @@ async def test_sequences_in_one_frame_are_sampled_each_by_its_own(stage: LocalSt
         ((Rows(-1, 0, (1,)),), ()),
         ((Rows(0, 0, (1,)), Rows(0, 1, (1,))), ()),
         ((Rows(0, 0, ()),), ()),
-        ((Rows(0, 5, (1,)),), ()),
         ((Rows(0, -1, (1,)),), ()),
         ((Rows(0, 0, (49152,)),), ()),
         ((Rows(0, 0, (-1,)),), ()),

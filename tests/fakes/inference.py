@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from aiohttp import web
 
+from tests.fakes.body import Refused, check_options, decode
 from tests.fakes.fault import Fault
 from tests.fakes.model import FakeModel, expected_text, keep_alive_s, token
 from tests.fakes.scheduler import LoadRefused
@@ -25,15 +26,6 @@ if TYPE_CHECKING:
 
 JSON = "application/json; charset=utf-8"
 _NO_FAULT = Fault(times=0)
-
-
-class Refused(Exception):
-    """An error before the first byte."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
-        self.text = text
 
 
 @dataclass(slots=True)
@@ -55,46 +47,45 @@ def answer(data: object, status: int = 200) -> web.Response:
     return web.Response(status=status, body=body, headers={"Content-Type": JSON})
 
 
-def decode(body: bytes) -> dict[str, Any]:
-    """Return the request's object. Raises Refused in Ollama's words."""
-    if not body:
-        raise Refused(400, "missing request body")
-    try:
-        value = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise Refused(400, f"invalid character: {error}") from error
-    if not isinstance(value, dict):
-        raise Refused(400, "json: cannot unmarshal into Go value of type api.Request")
-    return value
-
-
 def _text(content: object) -> str:
     if isinstance(content, list):
         return " ".join(part.get("text", "") for part in content if isinstance(part, dict))
     return str(content or "")
 
 
+def lifetime(body: dict[str, Any]) -> float | None:
+    """Return keep_alive in seconds, None where absent. Raises Refused."""
+    if "keep_alive" not in body:
+        return None
+    try:
+        return keep_alive_s(body["keep_alive"], 300.0)
+    except ValueError as error:
+        raise Refused(400, str(error)) from error
+
+
+def _said(messages: object) -> str:
+    items = messages if isinstance(messages, list) else ()
+    return " ".join(_text(m.get("content")) for m in items if isinstance(m, dict))
+
+
 def read_ask(path: str, body: dict[str, Any]) -> Ask:
-    """Read a request of any surface."""
+    """Read a request of any surface. Raises Refused."""
     native = path.startswith("/api/")
-    model = body.get("model") or ""
-    options = body.get("options") or {}
-    limit = options.get("num_predict", -1) if native else body.get("max_tokens", body.get("max_output_tokens"))
+    options = check_options(body.get("options", {})) if native else {}
+    most = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+    limit = options.get("num_predict", -1) if native else body.get(most, -1)
     if "messages" in body or path == "/api/chat":
-        prompt = " ".join(_text(m.get("content")) for m in body.get("messages") or ())
+        prompt = _said(body.get("messages"))
         empty = not body.get("messages")
     else:
-        source = body.get("input") if path == "/v1/responses" else body.get("prompt")
-        prompt = " ".join(_text(m.get("content")) for m in source) if isinstance(source, list) else _text(source)
+        source = body.get("input" if path == "/v1/responses" else "prompt", "")
+        if not isinstance(source, (str, list)):
+            raise Refused(400, f"invalid input: {source!r:.50}")
+        prompt = _said(source) if isinstance(source, list) else source
         empty = not prompt
-    alive = None
-    if native and "keep_alive" in body:
-        try:
-            alive = keep_alive_s(body["keep_alive"], 300.0)
-        except ValueError as error:
-            raise Refused(400, str(error)) from error
-    stream = bool(body.get("stream", native))
-    return Ask(model, prompt, stream, -1 if limit is None else int(limit), options, alive, empty and native)
+    alive = lifetime(body) if native else None
+    limit = int(max(-1, min(limit, 1 << 31)))
+    return Ask(body.get("model", ""), prompt, body.get("stream", native), limit, options, alive, empty and native)
 
 
 def kill_connection(request: web.BaseRequest, *, rst: bool) -> None:
@@ -121,7 +112,7 @@ class Inference:
         """Answer one generate, chat, completion, response or message request."""
         surface = SURFACES[path]("")
         try:
-            body = decode(raw)
+            body = decode(path, raw, request.headers.get("Content-Encoding", "").lower())
             ask = read_ask(path, body)
             surface = SURFACES[path](ask.model)
             return await self._answer(request, path, ask, surface)
@@ -246,17 +237,19 @@ class Inference:
             "eval_duration": max(1, total - load),
         }
 
-    async def embed(self, path: str, raw: bytes) -> web.Response:
+    async def embed(self, path: str, raw: bytes, encoding: str) -> web.Response:
         """Answer /api/embed, /api/embeddings and /v1/embeddings."""
         openai = SURFACES["/v1/completions"]("")
         try:
-            return answer(await self._embed(path, decode(raw)))
+            return answer(await self._embed(path, decode(path, raw, encoding)))
         except (Refused, LoadRefused) as error:
             body = openai if path == "/v1/embeddings" else Surface("")
             return answer(body.refused(error.status, error.text), error.status)
 
     async def _embed(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        name = str(body.get("model") or "")
+        name = body.get("model", "")
+        native = path != "/v1/embeddings"
+        options, alive = (check_options(body.get("options", {})), lifetime(body)) if native else ({}, None)
         model = self.find(name, quoted='"')
         source = body.get("prompt" if path == "/api/embeddings" else "input", "")
         inputs = source if isinstance(source, list) else [source] if source else []
@@ -264,9 +257,8 @@ class Inference:
             raise Refused(400, "invalid input type")
         fault = self._fake.take_fault(model.name) or _NO_FAULT
         await self._before_load(fault)
-        alive = keep_alive_s(body["keep_alive"], 300.0) if "keep_alive" in body else None
-        size = int(body.get("dimensions") or 16)
-        async with self._fake.scheduler.slot(model, body.get("options") or {}, alive, fault.refuse_load) as load_s:
+        size = 16 if path == "/api/embeddings" else max(0, min(body.get("dimensions", 0), 4096)) or 16
+        async with self._fake.scheduler.slot(model, options, alive, fault.refuse_load) as load_s:
             await self._pace(fault)
             vectors = [embedding(text, size) for text in inputs]
         count = sum(len(text.split()) for text in inputs)

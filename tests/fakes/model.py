@@ -46,8 +46,11 @@ def keep_alive_s(value: object, default: float) -> float:
     if value is None:
         return default
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value) if value >= 0 else FOREVER_S
-    text = str(value)
+        return float(min(value, FOREVER_S)) if value >= 0 else FOREVER_S
+    if not isinstance(value, str):
+        kind = {bool: "bool", list: "[]interface {}"}.get(type(value), "map[string]interface {}")
+        raise ValueError(f"Unsupported type: '{kind}'")
+    text = value
     sign, rest = (-1, text[1:]) if text.startswith("-") else (1, text)
     parts = _DURATION.findall(rest)
     if "".join(n + u for n, u in parts) != rest or not parts:
@@ -55,7 +58,7 @@ def keep_alive_s(value: object, default: float) -> float:
             return 0.0
         raise ValueError(f'time: missing unit in duration "{text}"')
     total = sign * sum(float(n) * _UNITS[u] for n, u in parts)
-    return total if total >= 0 else FOREVER_S
+    return min(total, FOREVER_S) if total >= 0 else FOREVER_S
 
 
 @dataclass(slots=True)

@@ -139,7 +139,8 @@ class FakeOllama:
         def make(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> web.BaseRequest:
             return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=_MAX_BODY)
 
-        server = web.Server(self._handle, request_factory=make, handler_cancellation=True, access_log=None)
+        server = web.Server(self._handle, request_factory=make, handler_cancellation=True, access_log=None,
+                            auto_decompress=False)  # fmt: skip
         self._runner = web.ServerRunner(server, shutdown_timeout=0.05)
         await self._runner.setup()
         site = web.TCPSite(self._runner, self.host, self.port, backlog=2048, reuse_address=True)
@@ -220,7 +221,7 @@ class FakeOllama:
             if path in SURFACES:
                 return await self._inference.serve(request, path, body)
             if path in _EMBED:
-                return await self._inference.embed(path, body)
+                return await self._inference.embed(path, body, request.headers.get("Content-Encoding", "").lower())
             if path == "/api/me":
                 text = {"error": "unauthorized", "signin_url": "https://ollama.com/connect"}
                 return answer(text, 401)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from aiohttp import web
 
+from tests.fakes.body import Refused, decode
 from tests.fakes.fault import Gate
-from tests.fakes.inference import Refused, answer, decode
+from tests.fakes.inference import answer
 from tests.fakes.model import FakeModel, canonical, rfc3339
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ class Store:
     async def serve(self, request: web.BaseRequest, path: str, raw: bytes) -> web.StreamResponse:
         """Answer show, delete, copy, pull, push and create."""
         try:
-            body = decode(raw)
-            name = str(body.get("model") or body.get("name") or "")
+            body = decode(path, raw)
+            name = body.get("model") or body.get("name") or ""
             match path:
                 case "/api/show":
                     return self._show(name, body)
@@ -67,7 +68,7 @@ class Store:
             if not _NAME.fullmatch(name):
                 raise Refused(400, "invalid model name")
             steps = {"/api/pull": self._pull, "/api/push": self._push, "/api/create": self._create}[path]
-            return await self._progress(request, steps(name, body), bool(body.get("stream", True)))
+            return await self._progress(request, steps(name, body), body.get("stream", True))
         except Refused as error:
             return answer({"error": error.text}, error.status)
 
@@ -83,7 +84,7 @@ class Store:
         return answer(shown)
 
     def _copy(self, body: dict[str, Any]) -> web.Response:
-        source, destination = str(body.get("source") or ""), str(body.get("destination") or "")
+        source, destination = body.get("source", ""), body.get("destination", "")
         for field, name in (("source", source), ("destination", destination)):
             if not _NAME.fullmatch(name):
                 raise Refused(400, f'{field} "{name}" is invalid')
@@ -130,8 +131,8 @@ class Store:
         yield {"status": "success"}
 
     async def _create(self, name: str, body: dict[str, Any]) -> AsyncIterator[Progress]:
-        files: dict[str, str] = body.get("files") or {}
-        parent = str(body.get("from") or "")
+        files: dict[str, str] = {name: digest or "" for name, digest in body.get("files", {}).items()}
+        parent = body.get("from", "")
         if not files and not parent:
             raise Refused(400, "neither 'from' or 'files' was specified")
         if missing := [d for d in files.values() if d.replace("-", ":") not in self.blobs]:

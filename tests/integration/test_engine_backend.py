@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
 import orjson
 import pytest
 
-from osync.backend.engine import EngineBackend
+from osync.backend.engine import EngineBackend, answers
 from osync.backend.engine.runner import EngineLibrary
 from osync.config import Settings
+from osync.coordinator.embedding import Embeddings
 from osync.coordinator.request import Final, Piece
 from osync.coordinator.runner import RunnerSettings
+from osync.engine.embedding import normalized
 from osync.engine.sampling import SamplingOptions
-from osync.errors import CapacityError, ConfigError, ModelUnusable, NotSupported
+from osync.errors import BadRequest, CapacityError, ConfigError, ModelUnusable, NotSupported
 from osync.version import OLLAMA_API
 from tests.fakes.gguf import gguf, write
 from tests.fakes.serve import Answer, call
@@ -65,6 +68,16 @@ class FakeRunner:
             yield Final("stop", len(prompt), 1000, 4, 2000, (65, 66, 67))
         finally:
             self.running -= 1
+
+    async def embed(self, texts: Sequence[str], *, truncate: bool = True) -> Embeddings:
+        """A text's vector points along its length, its first character and 1."""
+        assert not self.closed and texts
+        if self.engine.refuses is not None:
+            raise self.engine.refuses
+        if not truncate and any(len(text) > self.context_length for text in texts):
+            raise BadRequest("the input length exceeds the context length")
+        vectors = [normalized([len(text), ord(text[0]) if text else 0, 1.0]) for text in texts]
+        return Embeddings(tuple(vectors), sum(map(len, texts)))
 
     async def close(self) -> None:
         self.closed = True
@@ -172,6 +185,23 @@ async def test_tags_and_show(rig):
     assert (none.status, none.json()) == (404, {"error": "model 'x:latest' not found"})
 
 
+async def test_a_vocabulary_is_read_and_serialized_in_slices_beside_the_loop(rig, monkeypatch):
+    seen = []
+
+    def dumps(value):
+        seen.append((threading.current_thread(), len(value)))
+        return before(value)
+
+    before = answers.dumps
+    monkeypatch.setattr(answers, "dumps", dumps)
+    monkeypatch.setattr(answers, "_SLICE", 300)
+    body = {"model": "tiny", "verbose": True}
+    tokens = (await rig.call("POST", "/api/show", body)).json()["model_info"]["tokenizer.ggml.tokens"]
+    assert len(tokens) == 2000 and tokens[299:302] == ["token299", "token300", "token301"]
+    assert [size for _, size in seen].count(300) == 2000 // 300
+    assert threading.main_thread() not in {thread for thread, _ in seen}
+
+
 async def test_a_streamed_chat_has_ollamas_shape(rig):
     answer = await rig.chat()
     assert answer.headers == {"Content-Type": "application/x-ndjson"}
@@ -271,7 +301,7 @@ async def test_what_asks_for_nothing_is_fine(rig):
     assert answer.status == 200
 
 
-@pytest.mark.parametrize("path", ["/api/embed", "/api/pull", "/api/create", "/api/blobs/sha256:00", "/v1/embeddings"])
+@pytest.mark.parametrize("path", ["/api/pull", "/api/create", "/api/blobs/sha256:00", "/v1/embeddings"])
 async def test_routes_of_other_backends(rig, path):
     answer = await rig.call("POST", path, {"model": "tiny"})
     assert answer.status == 501

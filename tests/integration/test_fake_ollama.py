@@ -13,6 +13,7 @@ import aiohttp
 import ollama
 import openai
 import pytest
+import zstandard
 
 from tests.fakes.fault import Fault
 from tests.fakes.ollama import FakeModel, FakeOllama, expected_text
@@ -266,3 +267,93 @@ async def test_runs_as_a_process() -> None:
     finally:
         process.kill()
         await process.wait()
+
+
+ODD: tuple[Any, ...] = (
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    1e308,
+    10**30,
+    "x",
+    "",
+    [],
+    [1],
+    ["x"],
+    [{}],
+    [None],
+    {},
+    {"x": 1},
+    {"x": None},
+)
+SHAPES: dict[str, dict[str, Any]] = {
+    "/api/generate": {"model": "a", "prompt": "x", "stream": False},
+    "/api/chat": chat(stream=False),
+    "/api/embed": {"model": "a", "input": "x"},
+    "/api/embeddings": {"model": "a", "prompt": "x"},
+    "/v1/chat/completions": chat(),
+    "/v1/completions": {"model": "a", "prompt": "x"},
+    "/v1/embeddings": {"model": "a", "input": "x"},
+    "/v1/responses": {"model": "a", "input": "x"},
+    "/v1/messages": chat(max_tokens=5),
+    "/api/show": {"model": "a"},
+    "/api/copy": {"source": "a", "destination": "z"},
+    "/api/pull": {"model": "a", "stream": False},
+    "/api/push": {"model": "a", "stream": False},
+    "/api/create": {"model": "c", "from": "a", "files": {}, "stream": False},
+    "/api/delete": {"model": "b:7b"},
+}
+MORE = ("options", "keep_alive", "max_tokens", "max_output_tokens", "dimensions", "context", "name")
+
+
+@pytest.mark.parametrize("path", SHAPES)
+async def test_odd_types_get_an_error_and_never_a_crash(http: aiohttp.ClientSession, path: str) -> None:
+    shape = SHAPES[path]
+    method = "DELETE" if path == "/api/delete" else "POST"
+    bodies: list[bytes] = [b"", b" ", b"{", b"nope", b"null", b"[]", b"5", b'{"a":' * 2000, b'{"model":"\\ud800"}']
+    bodies += [json.dumps({**shape, name: odd}).encode() for name in (*shape, *MORE) for odd in ODD]
+    if path.startswith("/api/"):
+        bodies += [json.dumps({**shape, "options": {name: odd}}).encode() for name in ("num_predict", "temperature",
+                   "stop", "use_mmap", "num_ctx") for odd in ODD]  # fmt: skip
+    for body in bodies:
+        async with http.request(method, path, data=body) as response:
+            text = await response.text()
+            assert response.status in {200, 400, 404, 500}, body
+            if response.status != 200:
+                assert "error" in json.loads(text), body
+
+
+async def test_wrong_types_in_the_real_ones_words(http: aiohttp.ClientSession) -> None:
+    for path, body, status, text in (
+        ("/api/chat", chat(stream="no"), 400,
+         "json: cannot unmarshal string into Go struct field ChatRequest.stream of type bool"),
+        ("/api/chat", {"model": "a", "messages": ["x"]}, 400,
+         "json: cannot unmarshal string into Go struct field ChatRequest.messages of type api.Message"),
+        ("/api/generate", {"model": 5}, 400,
+         "json: cannot unmarshal number into Go struct field GenerateRequest.model of type string"),
+        ("/api/generate", {"model": "a", "prompt": "x", "options": {"num_ctx": "x"}}, 500,
+         'option "num_ctx" must be of type integer'),
+        ("/api/generate", {"model": "a", "keep_alive": [1]}, 400, "Unsupported type: '[]interface {}'"),
+        ("/api/pull", {"model": "a", "insecure": 1}, 400,
+         "json: cannot unmarshal number into Go struct field PullRequest.insecure of type bool"),
+    ):  # fmt: skip
+        async with http.post(path, json=body) as response:
+            assert (response.status, await response.json()) == (status, {"error": text})
+
+
+async def test_zstd_is_read_on_the_routes_where_the_real_one_reads_it(
+    fake: FakeOllama, http: aiohttp.ClientSession
+) -> None:
+    packed = zstandard.compress(json.dumps({**chat(), "input": "x", "prompt": "x"}).encode())
+    headers = {"Content-Encoding": "zstd", "Content-Type": "application/json"}
+    for path, status in (
+        ("/v1/responses", 200), ("/v1/chat/completions", 200), ("/v1/completions", 200), ("/v1/messages", 200),
+        ("/v1/embeddings", 200), ("/api/chat", 400),
+    ):  # fmt: skip
+        async with http.post(path, data=packed, headers=headers) as response:
+            assert response.status == status, await response.text()
+        assert fake.received(path)[-1].body == packed
+    async with http.post("/v1/responses", data=b"not zstd", headers=headers) as response:
+        assert response.status == 400

@@ -62,6 +62,28 @@ async def test_unknown_routes_go_to_a_node_and_without_one_are_ollamas():
         assert (await r.json())["target"] == "/api/new/%2Fthing?x=%20y"
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("POST", "/metrics", "GET, HEAD"),
+        ("POST", "/healthz", "GET, HEAD"),
+        ("PUT", "/readyz", "GET, HEAD"),
+        ("DELETE", "/api/status", "GET, HEAD"),
+        ("GET", "/api/nodes/a/drain", "POST"),
+    ],
+)
+async def test_the_proxys_own_routes_say_which_methods_they_take(method: str, path: str, allow: str):
+    async with proxy(ScriptedNode("a")) as p, p.client.request(method, path) as r:
+        assert (r.status, await r.text(), r.headers["Allow"]) == (405, "405 method not allowed", allow)
+
+
+async def test_other_methods_of_ollamas_routes_go_to_a_node():
+    async with proxy(ScriptedNode("a")) as p, p.client.put("/api/tags") as r:
+        assert (await r.json())["target"] == "/api/tags"
+    async with proxy() as p, p.client.put("/api/tags") as r:
+        assert (r.status, r.headers["Allow"]) == (405, "GET, HEAD")
+
+
 async def test_bad_requests_have_ollamas_form():
     async with proxy(ScriptedNode("a")) as p:
         for body, text in ((b"", "missing request body"), (b"{", "unexpected EOF")):

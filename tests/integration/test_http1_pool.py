@@ -10,10 +10,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 
 from osync.backend import http1_pool
-from osync.backend.http1_connection import Answer, BrokenOff
+from osync.backend.http1_connection import Answer, BrokenOff, Connection
 from osync.backend.http1_pool import Client, Unreachable
 from osync.errors import BadRequest, StreamBroken, UpstreamUnavailable
 from osync.net.exchange import WINDOW_BYTES
+from tests.fakes.fault import Changes
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -60,6 +61,7 @@ class Server:
     def __init__(self) -> None:
         self.script: Script = answer_all
         self.accepted = 0
+        self.changes = Changes()
         self.ended = asyncio.Event()
         self._server: asyncio.Server
         self._tasks: set[asyncio.Task[None]] = set()
@@ -80,6 +82,7 @@ class Server:
         assert task is not None
         self._tasks.add(task)
         self.accepted += 1
+        self.changes.notify()
         try:
             await self.script(Peer(self.accepted, reader, writer))
         except (asyncio.IncompleteReadError, OSError, asyncio.CancelledError):
@@ -115,6 +118,18 @@ class Pieces:
         raise AssertionError
 
 
+class Watched(Client):
+    """A client that tells when it loses a connection."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.changes = Changes()
+
+    def lost(self, connection: Connection) -> None:
+        super().lost(connection)
+        self.changes.notify()
+
+
 @pytest.fixture
 async def server() -> AsyncIterator[Server]:
     async with Server() as server:
@@ -122,8 +137,8 @@ async def server() -> AsyncIterator[Server]:
 
 
 @pytest.fixture
-async def client(server: Server) -> AsyncIterator[Client]:
-    client = Client(server.url)
+async def client(server: Server) -> AsyncIterator[Watched]:
+    client = Watched(server.url)
     yield client
     await client.close()
 
@@ -150,7 +165,7 @@ def script(server: Server) -> Callable[[Script], None]:
     return use
 
 
-async def test_connections_are_kept_and_the_newest_serves_first(server: Server, client: Client) -> None:
+async def test_connections_are_kept_and_the_newest_serves_first(server: Server, client: Watched) -> None:
     release = asyncio.Event()
     served: list[int] = []
 
@@ -163,8 +178,7 @@ async def test_connections_are_kept_and_the_newest_serves_first(server: Server, 
             await peer.send(OK)
 
     waiting = [asyncio.create_task(fetch(client)) for _ in range(3)]
-    while server.accepted < 3:
-        await asyncio.sleep(0.001)
+    await server.changes.until(lambda: server.accepted == 3)
     release.set()
     assert await asyncio.gather(*waiting) == [b"ok"] * 3
     for _again in range(5):
@@ -173,7 +187,7 @@ async def test_connections_are_kept_and_the_newest_serves_first(server: Server, 
 
 
 async def test_idle_connections_are_bounded_and_age(
-    server: Server, client: Client, monkeypatch: pytest.MonkeyPatch
+    server: Server, client: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http1_pool, "IDLE_LIMIT", 2)
     await asyncio.gather(*(fetch(client) for _ in range(5)))
@@ -186,7 +200,7 @@ async def test_idle_connections_are_bounded_and_age(
 
 @pytest.mark.parametrize("late", [b"", b"junk", OK])
 async def test_idle_connection_goes_with_its_server_or_with_unasked_bytes(
-    server: Server, client: Client, late: bytes
+    server: Server, client: Watched, late: bytes
 ) -> None:
     poke = asyncio.Event()
 
@@ -200,15 +214,13 @@ async def test_idle_connection_goes_with_its_server_or_with_unasked_bytes(
     await fetch(client)
     assert len(client._idle) == 1
     poke.set()
-    async with asyncio.timeout(5):
-        while client._open:
-            await asyncio.sleep(0.001)
+    await client.changes.until(lambda: not client._open)
     assert not client._idle
     await fetch(client)
     assert server.accepted == 2
 
 
-async def test_leftover_bytes_in_one_piece_spoil_the_connection(server: Server, client: Client) -> None:
+async def test_leftover_bytes_in_one_piece_spoil_the_connection(server: Server, client: Watched) -> None:
     @script(server)
     async def _(peer: Peer) -> None:
         await peer.request()
@@ -221,7 +233,7 @@ async def test_leftover_bytes_in_one_piece_spoil_the_connection(server: Server, 
 
 @pytest.mark.parametrize(("partial", "is_retried"), [(b"", True), (b"HTTP/1.1 2", False)])
 async def test_only_a_kept_connection_without_a_byte_is_retried(
-    server: Server, client: Client, partial: bytes, is_retried: bool
+    server: Server, client: Watched, partial: bytes, is_retried: bool
 ) -> None:
     @script(server)
     async def _(peer: Peer) -> None:
@@ -239,7 +251,7 @@ async def test_only_a_kept_connection_without_a_byte_is_retried(
     assert server.accepted == 1 + is_retried
 
 
-async def test_fresh_connection_is_not_retried_and_uploads_are_always_fresh(server: Server, client: Client) -> None:
+async def test_fresh_connection_is_not_retried_and_uploads_are_always_fresh(server: Server, client: Watched) -> None:
     await fetch(client)
 
     @script(server)
@@ -255,7 +267,7 @@ async def test_fresh_connection_is_not_retried_and_uploads_are_always_fresh(serv
 @pytest.mark.parametrize(
     "head", [CHUNKED, b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n"]
 )
-async def test_what_came_is_read_before_the_break(server: Server, client: Client, head: bytes, is_reset: bool) -> None:
+async def test_what_came_is_read_before_the_break(server: Server, client: Watched, head: bytes, is_reset: bool) -> None:
     go = asyncio.Event()
 
     @script(server)
@@ -268,9 +280,7 @@ async def test_what_came_is_read_before_the_break(server: Server, client: Client
 
     answer = await client.request("GET", "/")
     go.set()
-    async with asyncio.timeout(5):
-        while client._open:
-            await asyncio.sleep(0.001)
+    await client.changes.until(lambda: not client._open)
     assert await answer.read() == (b"abc" if head is CHUNKED else b"3\r\nabc\r\n")
     if not is_reset and b"Length" not in head and head is not CHUNKED:
         assert await answer.read() == b""
@@ -279,7 +289,27 @@ async def test_what_came_is_read_before_the_break(server: Server, client: Client
             await answer.read()
 
 
-async def test_reading_stops_at_the_window_and_goes_on(server: Server, client: Client) -> None:
+def noted(monkeypatch: pytest.MonkeyPatch, method: str) -> asyncio.Event:
+    """Return an event that is set once a connection's `method` has run."""
+    event, before = asyncio.Event(), getattr(Connection, method)
+
+    def run(connection: Connection) -> None:
+        before(connection)
+        event.set()
+
+    monkeypatch.setattr(Connection, method, run)
+    return event
+
+
+async def turns() -> None:
+    """Let the loop turn often enough for 64 more pieces to pass, were nothing in their way."""
+    for _ in range(500):
+        await asyncio.sleep(0)
+
+
+async def test_reading_stops_at_the_window_and_goes_on(
+    server: Server, client: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
     size = 24 << 20
     sent = 0
 
@@ -295,11 +325,10 @@ async def test_reading_stops_at_the_window_and_goes_on(server: Server, client: C
         await peer.request()
         await peer.send(OK)
 
+    stopped = noted(monkeypatch, "pause")
     answer = await client.request("GET", "/")
-    before = -1
-    while sent != before:  # until the server can send no more
-        before = sent
-        await asyncio.sleep(0.1)
+    await stopped.wait()
+    await turns()
     assert sent < size
     assert WINDOW_BYTES < answer.parser.size < WINDOW_BYTES + (1 << 19)
     assert len(await rest(answer)) == size
@@ -307,7 +336,7 @@ async def test_reading_stops_at_the_window_and_goes_on(server: Server, client: C
     assert server.accepted == 1
 
 
-async def test_upload_waits_for_the_server(server: Server, client: Client) -> None:
+async def test_upload_waits_for_the_server(server: Server, client: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     go = asyncio.Event()
     got = b""
 
@@ -320,13 +349,12 @@ async def test_upload_waits_for_the_server(server: Server, client: Client) -> No
         await peer.send(OK)
         await peer.gone()
 
+    full = noted(monkeypatch, "pause_writing")
     body = Pieces(*[bytes([i]) * (1 << 20) for i in range(64)])
     task = asyncio.create_task(client.request("POST", "/", rest=body, length=64 << 20))
-    left = -1
-    while left != len(body.pieces):
-        left = len(body.pieces)
-        await asyncio.sleep(0.1)
-    assert left > 30
+    await full.wait()
+    await turns()
+    assert len(body.pieces) > 30
     go.set()
     answer = await task
     assert await rest(answer) == b"ok"
@@ -334,7 +362,7 @@ async def test_upload_waits_for_the_server(server: Server, client: Client) -> No
     assert len(client._idle) == 1
 
 
-async def test_chunked_upload_on_the_wire(server: Server, client: Client) -> None:
+async def test_chunked_upload_on_the_wire(server: Server, client: Watched) -> None:
     got: list[bytes] = []
 
     @script(server)
@@ -351,7 +379,7 @@ async def test_chunked_upload_on_the_wire(server: Server, client: Client) -> Non
     assert got[1] == b"5\r\nfirst\r\n6\r\nsecond\r\n14\r\n" + b"x" * 20 + b"\r\n0\r\n\r\n"
 
 
-async def test_early_answer_ends_the_upload(server: Server, client: Client) -> None:
+async def test_early_answer_ends_the_upload(server: Server, client: Watched) -> None:
     @script(server)
     async def _(peer: Peer) -> None:
         await peer.head()
@@ -368,7 +396,7 @@ async def test_early_answer_ends_the_upload(server: Server, client: Client) -> N
 
 @pytest.mark.parametrize(("pieces", "length"), [((b"abc",), 9), ((b"abc", b"defg"), 5)])
 async def test_upload_that_is_not_as_long_as_it_says(
-    server: Server, client: Client, pieces: tuple[bytes, ...], length: int
+    server: Server, client: Watched, pieces: tuple[bytes, ...], length: int
 ) -> None:
     @script(server)
     async def _(peer: Peer) -> None:
@@ -385,7 +413,7 @@ async def test_upload_that_is_not_as_long_as_it_says(
 
 @pytest.mark.parametrize("how", ["cancel", "close", "client"])
 @pytest.mark.parametrize("has_head", [False, True])
-async def test_leaving_closes_the_socket_at_once(server: Server, client: Client, how: str, has_head: bool) -> None:
+async def test_leaving_closes_the_socket_at_once(server: Server, client: Watched, how: str, has_head: bool) -> None:
     seen = asyncio.Event()
 
     @script(server)
@@ -420,7 +448,7 @@ async def test_leaving_closes_the_socket_at_once(server: Server, client: Client,
         assert isinstance(outcome, asyncio.CancelledError if how == "cancel" else BrokenOff)
 
 
-async def test_head_without_body_and_interim_answers(server: Server, client: Client) -> None:
+async def test_head_without_body_and_interim_answers(server: Server, client: Watched) -> None:
     @script(server)
     async def _(peer: Peer) -> None:
         head, _ = await peer.request()
@@ -431,7 +459,7 @@ async def test_head_without_body_and_interim_answers(server: Server, client: Cli
     assert await fetch(client) == b"ok"
 
 
-async def test_nothing_listens_and_nothing_unsafe_is_sent(server: Server, client: Client) -> None:
+async def test_nothing_listens_and_nothing_unsafe_is_sent(server: Server, client: Watched) -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         nowhere = Client(f"http://127.0.0.1:{bound.getsockname()[1]}")

@@ -357,7 +357,8 @@ async def test_a_node_that_stops_finishes_what_runs_and_takes_nothing_new():
         running.close()
         await closing
         await until(lambda: link.state is None)
-        assert link.error == "the node closed the link"
+        # The second where a frame of ours met the end of the stream.
+        assert link.error in ("the node closed the link", "connection closed")
 
 
 async def test_a_killed_node_breaks_its_streams_at_once_and_comes_back_on_the_same_port():

@@ -12,10 +12,12 @@ import pytest
 from osync.core.stages import Route, StageOrder, StageReport, StageSettings, StageState
 from osync.errors import ModelUnusable, OsyncError, UpstreamUnavailable, WireError
 from osync.net import lease as leases
-from osync.net.arrow import PIECE_BYTES, Arrow
+from osync.net.arrow import Arrow
 from osync.net.lease import StageLease
 from osync.net.server import RpcServer
 from osync.net.shard_service import Downstream, add_shard_service
+from osync.wire import activation
+from osync.wire.activation_dtype import Activations
 
 ORDER = StageOrder(
     pipeline="p1", owner="n1", model="m:latest", digest="a" * 64, size=10, first=0, last=2, layers=4,
@@ -155,7 +157,9 @@ async def test_frames_arrive_whole_and_in_order_and_outcomes_come_back() -> None
         outcomes: asyncio.Queue[bytes] = asyncio.Queue()
         broke, hear = heard()
         arrow = Arrow(route(address), broke=hear, outcome=outcomes.put_nowait)
-        frames = [b"frame one", bytes(PIECE_BYTES), b"", bytes(2 * PIECE_BYTES + 5), *(b"%d" % i for i in range(20))]
+        large = activation.Frame(1, 1, (activation.Rows(0, 0, (7,) * 1000),),
+                                 activations=Activations("f32", 700, bytes(1000 * 700 * 4)))  # fmt: skip
+        frames = [b"frame one", b"".join(activation.encode(large)), b"", *(b"%d" % i for i in range(20))]
         async with asyncio.timeout(10):
             for number, frame in enumerate(frames, 1):
                 await arrow.send(number, frame)

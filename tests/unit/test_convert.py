@@ -15,6 +15,8 @@ from osync.net.outbox import Outbox, Outgoing
 from osync.pb import node_pb2 as pb
 from osync.types import (
     BackendState,
+    EngineDevice,
+    EngineReport,
     Gpu,
     HostLoad,
     LoadedModel,
@@ -38,9 +40,15 @@ loaded = st.builds(LoadedModel, text, text, size, size, text, small, small)
 loads = st.builds(
     HostLoad, real, small, real, size, size, st.lists(st.builds(Gpu, text, size, size), max_size=2).map(tuple)
 )
+devices = st.builds(EngineDevice, text, text, text, text, size, size, st.booleans())
+flags = [st.booleans()] * 4
+engines = st.builds(
+    EngineReport, text, text, text, *flags, text, text, text, text, small, st.lists(devices, max_size=2).map(tuple)
+)
 backends = st.builds(
     BackendState, st.sampled_from(["ollama", "engine"]), st.booleans(), text, text,
     st.lists(models, max_size=3).map(tuple), st.lists(loaded, max_size=2).map(tuple), small, small, small,
+    st.none() | engines,
 )  # fmt: skip
 states = st.builds(
     NodeState, st.text("abc-0", min_size=1).map(NodeId), backends, text, text, words,

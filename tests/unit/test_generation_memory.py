@@ -22,7 +22,7 @@ class FakeModel:
     gpu_layers = 0
     path = Path("fake.gguf")
 
-    def kv_bytes_per_token(self, kv_type: str) -> int:
+    def kv_bytes_per_token(self, kv_type: str, flash_attention: str = "auto") -> int:
         return 64 << 10
 
 
@@ -51,3 +51,10 @@ def test_deterministic_mode_fixes_what_changes_bits():
 def test_a_batch_has_a_row_for_each_sequence_and_512_at_most():
     assert plan_context(MODEL, RunnerSettings(n_batch=1), 64 * GIB).n_batch == 4
     assert plan_context(MODEL, RunnerSettings(n_batch=10_000), 64 * GIB).n_batch == 512
+
+
+def test_prefixes_are_kept_in_memory_that_nobody_needs():
+    """As much as one more sequence of 8192 tokens, half a GiB."""
+    assert plan_context(MODEL, RunnerSettings(), 64 * GIB).kept_tokens == 8192
+    assert plan_context(MODEL, RunnerSettings(), int(3.7 * GIB)).kept_tokens < 8192
+    assert plan_context(MODEL, RunnerSettings(), int(1.7 * GIB)).kept_tokens < 1024

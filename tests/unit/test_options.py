@@ -46,6 +46,55 @@ def test_wrong_types_get_ollamas_words_and_status(options, text):
     assert caught.value.status == 500
 
 
+INTEGERS = [
+    "num_keep", "seed", "num_predict", "top_k", "repeat_last_n", "num_ctx", "num_batch", "num_gpu", "main_gpu",
+    "num_thread", "draft_num_predict",
+]  # fmt: skip
+FLOATS = [
+    "top_p", "min_p", "typical_p", "temperature", "repeat_penalty", "presence_penalty", "frequency_penalty",
+]  # fmt: skip
+KINDS: dict[str, str] = {
+    **dict.fromkeys(INTEGERS, "integer"),
+    **dict.fromkeys(FLOATS, "float32"),
+    "use_mmap": "boolean",
+    "stop": "array",
+}
+RIGHT: dict[str, list[object]] = {
+    "integer": [0, -1, 3, 3.9, 10**12, -(10**30), 1e308, -1e308],
+    "float32": [0, -1, 1, 0.5, 1e308, -1e308, 1e-45],
+    "boolean": [True, False],
+    "array": [[], ["a"], [""]],
+}
+WRONG: dict[str, list[object]] = {
+    "integer": [True, "1", [1], {}],
+    "float32": [True, "0.5", [0.5], {}],
+    "boolean": [0, 1, "true", []],
+    "array": ["a", 1, True, {}],
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS.items())
+def test_every_option_is_checked_for_its_type_and_for_no_range(name: str, kind: str):
+    for value in RIGHT[kind]:
+        parse_options({name: value})
+    for value in WRONG[kind]:
+        with pytest.raises(InvalidOption) as caught:
+            parse_options({name: value})
+        assert str(caught.value) == f'option "{name}" must be of type {kind}'
+
+
+@pytest.mark.parametrize("name", ["num_ctx", "num_batch", "num_thread"])
+def test_a_size_of_nothing_leaves_the_choice_to_the_runner(name: str):
+    assert parse_options({name: 0}).runner == parse_options({name: -1}).runner == RunnerOptions()
+
+
+@pytest.mark.parametrize(
+    ("seed", "kept"), [(7, 7), (-1, -1), (2**31, -(2**31)), (2**40 + 9, 9), (2**64 - 2, -2), (3.9, 3)]
+)
+def test_seeds_keep_their_low_32_bits(seed: float, kept: int):
+    assert parse_options({"seed": seed}).sampling == {"seed": kept}
+
+
 @given(
     st.dictionaries(st.sampled_from(["num_ctx", "top_k", "seed", "temperature", "top_p"]), st.floats() | st.integers())
 )

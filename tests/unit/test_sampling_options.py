@@ -21,10 +21,30 @@ def test_defaults_are_ollamas():
     assert (options.presence_penalty, options.frequency_penalty, options.stop) == (0.0, 0.0, ())
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": float("nan")}, {"top_p": float("inf")}, {"repeat_penalty": 0}])
+@pytest.mark.parametrize("wrong", [{"temperature": float("nan")}, {"top_p": float("inf")}])
 def test_refuses_what_llama_cpp_would_die_of(wrong: dict[str, float]):
     with pytest.raises(BadRequest):
         SamplingOptions(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ({"repeat_penalty": 0.0}, {"repeat_penalty": 1.0}),
+        ({"repeat_penalty": -2.0}, {"repeat_penalty": 1.0}),
+        ({"repeat_penalty": 1e-45}, {"repeat_penalty": 1e-6}),
+        ({"repeat_penalty": 3e38}, {"repeat_penalty": 1e6}),
+        ({"temperature": 1e-45}, {"temperature": 1e-7}),
+        ({"temperature": -1.0}, {"temperature": 0.0}),
+        ({"temperature": 1e-6}, {"temperature": 1e-6}),
+        ({"top_p": -1.0, "min_p": 2.0, "typical_p": 5.0}, {"top_p": 0.0, "min_p": 1.0, "typical_p": 1.0}),
+        ({"presence_penalty": -3e38, "frequency_penalty": 3e38},
+         {"presence_penalty": -1e6, "frequency_penalty": 1e6}),
+    ],
+)  # fmt: skip
+def test_what_llama_cpp_cannot_compute_with_becomes_what_it_can(given: dict[str, float], taken: dict[str, float]):
+    options = SamplingOptions(**given)  # type: ignore[arg-type]
+    assert {name: getattr(options, name) for name in taken} == taken
 
 
 def test_a_random_seed_is_drawn_once_and_a_fixed_one_stays():

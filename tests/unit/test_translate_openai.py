@@ -126,8 +126,8 @@ def test_messages_with_tools_images_and_roles():
     ("path", "body", "text"),
     [
         (CHAT, b"", "missing request body"),
-        (CHAT, b"{", "invalid JSON"),
-        (CHAT, b"[]", "must be an object"),
+        (CHAT, b"{", "unexpected EOF"),
+        (CHAT, b"[]", "cannot unmarshal array into Go value of type api.ChatCompletionRequest"),
         (CHAT, b'{"messages":[{"role":"user","content":"x"}]}', "model is required"),
         (CHAT, b'{"model":"m"}', "too short - 'messages'"),
         (CHAT, b'{"model":"m","messages":"x"}', "invalid type for 'messages'"),
@@ -444,3 +444,8 @@ def test_any_native_value_is_survived(value, key, path, stream):
         assert run(found, orjson.dumps({"done": True, key: value}))
     except StreamBroken:
         assert key == "error" and not stream
+
+
+def test_an_empty_text_is_embedded():
+    """Ollama's own route would only load the model."""
+    assert orjson.loads(ask("/v1/embeddings", input="").body)["input"] == [""]

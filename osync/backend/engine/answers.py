@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import orjson
 
-from osync.backend.engine.table import Slot
+from osync.backend.engine.slot import Slot
 from osync.coordinator.request import Final
 from osync.engine.gguf import GGUFArray, GGUFHeader, read_array
 from osync.engine.store import StoredModel
@@ -21,6 +21,7 @@ NDJSON = "application/x-ndjson"
 TEXT = "text/plain; charset=utf-8"
 _PIECE = 256 << 10  # of a long body at a time: the reader's window is 1 MiB
 _LONG_ARRAY = 5
+_SLICE = 4096  # strings of a vocabulary: about 1 ms
 
 
 def dumps(value: object) -> bytes:
@@ -145,13 +146,19 @@ def _model_info(model: StoredModel, verbose: bool) -> dict[str, Any]:
         if key in {"general.name", "tokenizer.chat_template"}:
             continue
         if isinstance(value, GGUFArray):
-            values[key] = read_array(model.path, value) if verbose else []
+            values[key] = _sliced(read_array(model.path, value)) if verbose else []
         elif isinstance(value, tuple):
             values[key] = value if verbose or len(value) <= _LONG_ARRAY else []
         else:
             values[key] = value
     values.setdefault("general.parameter_count", header.parameter_count)
     return dict(sorted(values.items()))
+
+
+def _sliced(items: Sequence[Any]) -> orjson.Fragment:
+    """Serialize a vocabulary's array in slices: the serializer holds the interpreter, and with it the event loop."""
+    pieces = [dumps(items[at : at + _SLICE])[1:-1] for at in range(0, len(items), _SLICE)]
+    return orjson.Fragment(b"[" + b",".join(pieces) + b"]")
 
 
 def _parameters(parameters: Mapping[str, Any]) -> str:

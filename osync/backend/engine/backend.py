@@ -7,13 +7,15 @@ import math
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import psutil
 import structlog
 
-from osync.backend.engine import answers, inference
+from osync.backend.engine import answers, embedding, inference
 from osync.backend.engine.answers import JSON, TEXT, dumps, respond
 from osync.backend.engine.fields import Fields
 from osync.backend.engine.runner import EngineLibrary, Load, load_runner, probe_library
@@ -36,8 +38,6 @@ _STARTING = "the engine is starting"
 _Handler = Callable[[RequestHead, Body, Responder], Awaitable[None]]
 
 _ELSEWHERE = {
-    "/api/embed": "embeddings",
-    "/api/embeddings": "embeddings",
     "/api/create": "creating models; put a .gguf file into a models directory",
     "/api/copy": "copying models; put a .gguf file into a models directory",
     "/api/delete": "deleting models; remove the file from the models directory",
@@ -56,14 +56,18 @@ class EngineBackend:
         settings: Settings,
         *,
         load: Load = load_runner,
-        probe: Callable[[], EngineLibrary] = probe_library,
+        probe: Callable[[], EngineLibrary] | None = None,
         available_memory: Callable[[], int] = lambda: int(psutil.virtual_memory().available),
         scan_interval_s: float = SCAN_INTERVAL_S,
+        store: ModelStore | None = None,
     ) -> None:
+        """A given `store` is watched by its owner; without one, a store of the settings' directories is made."""
         self._settings = settings
-        self._probe = probe
+        self._probe = probe or partial(probe_library, settings)
         self._scan_interval_s = scan_interval_s
-        self._store = ModelStore(settings.model_dirs, settings.state_dir or default_state_dir())
+        state_dir = settings.state_dir or default_state_dir()
+        self._owns_store = store is None
+        self._store = store or ModelStore(settings.model_dirs, state_dir, prefer=settings.quantize)
         self._table = Table(settings, load, available_memory=available_memory, on_change=self._changed)
         self._tasks = Tasks("backend.engine")
         self._notify: list[Callable[[], None]] = []
@@ -74,11 +78,22 @@ class EngineBackend:
         self._stop = threading.Event()
         self._routes = self._make_routes()
 
+    @property
+    def store(self) -> ModelStore:
+        """The models on this host."""
+        return self._store
+
+    def find_blob(self, digest: str) -> Path | None:
+        """Return the file of a model by its digest, or by that of its weights in an Ollama store."""
+        return self._store.find_blob(digest)
+
     # Lifetime and state.
 
     async def start(self) -> None:
         """Begin to load llama.cpp and to watch the directories; `state().ok` once both are known."""
         self._tasks.spawn("watch", self._watch())
+        if self._settings.quantize:
+            self._tasks.spawn("quantize", self._quantize())
 
     async def close(self) -> None:
         """Unload everything; bounded to a few seconds."""
@@ -95,6 +110,7 @@ class EngineBackend:
             ok=self._library is not None,
             error="" if self._library else self._error,
             version=self._library.version if self._library else "",
+            engine=self._library.report if self._library else None,
             models=tuple(m.info for m in self._store.models),
             loaded=tuple(
                 LoadedModel(
@@ -104,13 +120,14 @@ class EngineBackend:
                     size_vram=runner.size_vram,
                     expires_at=answers.now_text(int(slot.expires_at(now) * 1e9)),
                     context_length=runner.context_length,
-                    active=min(slot.users, runner.parallel),
+                    active=slot.active,
+                    queued=slot.queued,
                 )
                 for slot, runner in ready
             ),
             slots=min((runner.parallel for _, runner in ready), default=self._settings.parallel),
-            active=sum(min(slot.users, runner.parallel) for slot, runner in ready),
-            queued=sum(max(0, slot.users - runner.parallel) for slot, runner in ready) + self._table.pending,
+            active=self._table.active,
+            queued=self._table.queued,
         )
 
     def on_change(self, notify: Callable[[], None]) -> None:
@@ -129,7 +146,7 @@ class EngineBackend:
             self._error = str(error)
             log.error("engine_unavailable", error=self._error)
         self._changed()
-        while True:
+        while self._owns_store:
             try:
                 await self._scan()
                 for path in self._store.pending_digests():
@@ -137,6 +154,15 @@ class EngineBackend:
                     await self._scan()
             except Exception as error:  # a directory that misbehaves must not end the watch
                 log.error("scan_failed", exc_info=error)
+            await asyncio.sleep(self._scan_interval_s)
+
+    async def _quantize(self) -> None:
+        """Make what the settings prefer of full-precision files, one after the other; those are served meanwhile."""
+        while True:
+            if self._library is not None:
+                for source in self._store.pending_quantizations[:1]:  # the scan after it finds the others
+                    await asyncio.to_thread(self._store.quantize, source, self._stop)
+                    await self._scan()
             await asyncio.sleep(self._scan_interval_s)
 
     async def _scan(self) -> None:
@@ -147,8 +173,12 @@ class EngineBackend:
                 return
             self._scans += 1
             if await asyncio.to_thread(self._store.scan):
-                self._table.retain({model.path for model in self._store.models})
+                self._table.retain(self._paths())
                 self._changed()
+
+    def _paths(self) -> set[Path]:
+        """Return the files that can be asked for: others are unloaded."""
+        return {model.path for model in self._store.models}
 
     async def _find(self, name: str) -> StoredModel:
         try:
@@ -204,6 +234,8 @@ class EngineBackend:
             "/api/show": {"POST": self._show},
             "/api/generate": {"POST": self._generate},
             "/api/chat": {"POST": self._chat},
+            "/api/embed": {"POST": partial(self._embed, "EmbedRequest", embedding.embed)},
+            "/api/embeddings": {"POST": partial(self._embed, "EmbeddingRequest", embedding.embeddings)},
         }
 
     async def _root(self, head: RequestHead, _: Body, responder: Responder) -> None:
@@ -260,8 +292,25 @@ class EngineBackend:
         self._require(model, name, "chat")
         await inference.chat(fields, model, self._table, responder)
 
+    async def _embed(
+        self, struct: str, answer: embedding.Answer, _: RequestHead, body: Body, responder: Responder
+    ) -> None:
+        fields = Fields.decode(await body.read_all(self._settings.max_body), struct)
+        name = fields.model()
+        if not name:
+            raise BadRequest("model is required")
+        try:
+            model = await self._find(name)
+        except ModelNotFound:
+            raise ModelNotFound(f'model "{name}" not found, try pulling it first') from None
+        self._require_engine()
+        await answer(fields, model, self._table, responder)
+
     def _require(self, model: StoredModel, name: str, what: str) -> None:
-        if self._library is None and self._error != _STARTING:
-            raise NotSupported(self._error)
+        self._require_engine()
         if "completion" not in model.info.capabilities:
             raise BadRequest(f'"{name}" does not support {what}')
+
+    def _require_engine(self) -> None:
+        if self._library is None and self._error != _STARTING:
+            raise NotSupported(self._error)

@@ -14,7 +14,8 @@ from osync.backend.engine.answers import NDJSON, dumps, metrics, now_text, respo
 from osync.backend.engine.fields import Fields
 from osync.backend.engine.prompt import chat_prompt, check_generate, fit, generate_prompt
 from osync.backend.engine.runner import EngineRunner
-from osync.backend.engine.table import Slot, Table
+from osync.backend.engine.slot import Slot
+from osync.backend.engine.table import Table
 from osync.coordinator.request import Final, Piece
 from osync.engine.sampling import SamplingOptions
 from osync.engine.store import StoredModel
@@ -91,6 +92,7 @@ class _Call:
         self._name = fields.model()
         self._is_streamed = fields.boolean("stream", True)
         self._truncate = fields.boolean("truncate", True)
+        fields.boolean("shift", True)  # checked; an answer ends where the context does
         self._keep_alive_s = parse_keep_alive(fields.raw("keep_alive"))
         self._options: ParsedOptions = parse_options({**model.parameters, **fields.object("options")})
 

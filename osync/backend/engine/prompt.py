@@ -13,6 +13,9 @@ from osync.engine.store import StoredModel
 from osync.engine.template import ChatTemplate, Message, parse_template, render_go
 from osync.errors import BadRequest
 
+DEFAULT_KEEP = 4
+"""Ollama's num_keep."""
+
 
 def check_generate(fields: Fields) -> GoTemplate | None:
     """Check what needs no model; returns the request's own template. Raises BadRequest."""
@@ -81,14 +84,20 @@ async def _from(messages: Sequence[Message], first: int, runner: EngineRunner, t
 
 
 def fit(tokens: list[int], context_length: int, sampling: dict[str, Any], truncate: bool) -> list[int]:
-    """Cut a prompt that leaves no room for an answer: its first `num_keep` tokens and its end stay."""
-    if len(tokens) < context_length:
+    """Cut the middle out of a prompt that leaves no room for an answer: `num_keep` tokens and the end stay.
+
+    A negative `num_keep` keeps as many as it may: half the context. Raises BadRequest without `truncate` for a
+    prompt over the context; one that fills it exactly is answered with the one token that it has room for.
+    """
+    if len(tokens) < context_length or (len(tokens) == context_length and not truncate):
         return tokens
     if not truncate:
         raise BadRequest(TOO_LONG)
     room = max(1, context_length // 4)  # for the answer
     if sampling.get("num_predict", 0) > 0:
         room = min(room, sampling["num_predict"])
-    keep = max(0, min(sampling.get("num_keep", 4), context_length // 2))
-    last = context_length - room - keep
-    return tokens[:keep] + tokens[len(tokens) - max(1, last) :]
+    most = context_length // 2
+    keep = sampling.get("num_keep", DEFAULT_KEEP)
+    keep = most if keep < 0 else min(keep, most)
+    last = max(1, context_length - room - keep)
+    return tokens[:keep] + tokens[len(tokens) - last :]

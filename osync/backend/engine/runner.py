@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import structlog
+
+from osync.config import Settings, parse_memory
+from osync.coordinator.embedding import Embeddings
+from osync.coordinator.embedding_runner import EmbeddingRunner
 from osync.coordinator.request import Final, Piece
 from osync.coordinator.runner import Runner, RunnerSettings
-from osync.engine.llama import library
+from osync.engine import devices
+from osync.engine.devices import Accelerators
 from osync.engine.sampling import SamplingOptions
+from osync.engine.trial import Trials
+from osync.types import EngineReport
+
+log = structlog.get_logger("osync.engine")
+
+_trials = Trials()
+"""What is known of files is true for the whole process."""
 
 
 class Words(Protocol):
@@ -40,6 +52,10 @@ class EngineRunner(Protocol):
         """Yield pieces of an answer, at last a Final. Closing the iterator cancels the request."""
         ...
 
+    async def embed(self, texts: Sequence[str], *, truncate: bool = True) -> Embeddings:
+        """Return an embedding of each text. Cancelled, what is not evaluated yet never is."""
+        ...
+
     async def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Return the text's tokens."""
         ...
@@ -58,17 +74,56 @@ class EngineLibrary:
 
     version: str
     has_gpu: bool = False
+    """True if models may go to an accelerator."""
+    report: EngineReport | None = None
 
 
-def probe_library() -> EngineLibrary:
-    """Load llama.cpp; blocking. Raises NotSupported where it is not installed."""
-    api = library()
+def accelerators(settings: Settings) -> Accelerators:
+    """Return which devices the settings let models go to."""
+    return Accelerators(
+        device=settings.device,
+        vulkan=settings.vulkan,
+        igpu=settings.igpu,
+        main_gpu=settings.main_gpu,
+        spread=settings.sched_spread,
+        overhead=parse_memory(settings.gpu_overhead)[0],
+    )
+
+
+def probe_library(settings: Settings | None = None) -> EngineLibrary:
+    """Load llama.cpp as the settings say, and see what it can do; blocking.
+
+    Raises NotSupported where it is not installed, ConfigError where it has not the device that is asked for.
+    """
+    settings = settings or Settings()
+    devices.set_numa(settings.numa)
+    found = devices.report(
+        accelerators(settings),
+        flash_attention="off" if settings.deterministic else settings.flash_attention,
+        kv_type=settings.kv_cache_type,
+        numa=settings.numa,
+        threads=settings.threads,
+    )
+    if found.kv_cache_values != settings.kv_cache_type:
+        log.warning(
+            "kv_cache_values_not_quantized",
+            wanted=settings.kv_cache_type,
+            keys=found.kv_cache_keys,
+            values=found.kv_cache_values,
+            reason="quantized values need flash attention, which --deterministic turns off"
+            if settings.deterministic
+            else "quantized values need flash attention, which is off; say --flash-attention on",
+        )
     return EngineLibrary(
-        version=f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}",
-        has_gpu=bool(api.llama_supports_gpu_offload()),
+        version=found.version,
+        has_gpu=any(d.used and d.kind != "cpu" for d in found.devices),
+        report=found,
     )
 
 
 async def load_runner(path: Path, settings: RunnerSettings) -> EngineRunner:
-    """Load a GGUF file with llama.cpp."""
+    """Load a GGUF file with llama.cpp, after a trial if it is seen for the first time."""
+    await _trials.check(path, settings.load_timeout_s)
+    if settings.embeds:
+        return await EmbeddingRunner.load(path, settings)
     return await Runner.load(path, settings)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
 
-from osync.backend.engine.runner import EngineRunner, Load
+from osync.backend.engine.runner import EngineRunner, Load, accelerators
+from osync.backend.engine.slot import Slot, identity, needed
 from osync.config import Settings
 from osync.coordinator.generation import SERVER_BUSY
 from osync.coordinator.runner import DEFAULT_CONTEXT, MAX_BATCH, RunnerSettings, too_large
+from osync.core.memory import budget
+from osync.core.residency import Fits, Footprint, Never, Resident, Unload, make_room
 from osync.engine.llama import threads_for
 from osync.engine.store import StoredModel
 from osync.engine.template import ChatTemplate
@@ -27,35 +31,6 @@ log = structlog.get_logger("osync.engine")
 
 DEFAULT_MODELS = 3  # Ollama's number without a GPU
 CLOSE_TIMEOUT_S = 5.0  # llama.cpp finishes the evaluation that it is in
-_FAR_S = 200 * 365 * 86400.0  # how "forever" is written as a date
-
-
-@dataclass(eq=False, slots=True)
-class Slot:
-    """One file in memory, or on its way there."""
-
-    model: StoredModel
-    """By the name that loaded it; aliases of the same file share it."""
-    settings: RunnerSettings
-    keep_alive_s: float
-    ready: asyncio.Future[EngineRunner]
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
-    runner: EngineRunner | None = None
-    templates: dict[str, ChatTemplate] = field(default_factory=dict)
-    users: int = 0
-    """Requests that hold it, also those that wait for its load."""
-    last_used: float = 0.0
-    timer: asyncio.TimerHandle | None = None
-    is_closing: bool = False
-    """Goes as soon as nobody uses it; new requests wait until it is gone."""
-    is_unloading: bool = False
-
-    def expires_at(self, now: float) -> float:
-        """When it will be unloaded, as Unix time, if nobody asks for it any more."""
-        if self.keep_alive_s == math.inf:
-            return now + _FAR_S
-        idle_s = time.monotonic() - self.last_used if self.users == 0 else 0.0
-        return now + max(0.0, self.keep_alive_s - idle_s)
 
 
 class Table:
@@ -84,18 +59,25 @@ class Table:
         self._unloads = Tasks("engine.unload")
         self._loading = asyncio.Lock()
         self._freed = asyncio.Event()
+        self._waiting = 0
+        """Requests that wait until a model that is to go is gone, to load it anew."""
         self._closed = False
         self.has_gpu = False
 
     @property
     def loaded(self) -> tuple[Slot, ...]:
-        """Slots that can answer now."""
-        return tuple(s for s in self._slots.values() if s.runner is not None and not s.is_closing)
+        """Models in memory; one that is to go is, until its last request has ended."""
+        return tuple(s for s in self._slots.values() if s.runner is not None and not s.is_unloading)
 
     @property
-    def pending(self) -> int:
-        """Requests that wait for a load."""
-        return sum(s.users for s in self._slots.values() if s.runner is None)
+    def active(self) -> int:
+        """Requests that models work on."""
+        return sum(s.active for s in self._slots.values())
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait: for a model's load, for one of its places, or for one that is to go."""
+        return self._waiting + sum(s.queued for s in self._slots.values())
 
     def runner_settings(self, model: StoredModel, options: RunnerOptions) -> RunnerSettings:
         """Complete what a request asks for with the daemon's settings."""
@@ -103,19 +85,29 @@ class Table:
         wanted = options.num_ctx if options.num_ctx is not None and options.num_ctx > 0 else 0
         length = wanted or self._settings.context_window or DEFAULT_CONTEXT
         layers = 0 if self._settings.device == "cpu" else -1
-        if options.num_gpu is not None and options.num_gpu >= 0 and layers:
-            layers = options.num_gpu
+        if layers:
+            layers = options.num_gpu if options.num_gpu is not None and options.num_gpu >= 0 else self._settings.num_gpu
+        devices = accelerators(self._settings)
+        if options.main_gpu is not None and options.main_gpu >= 0:
+            devices = replace(devices, main_gpu=options.main_gpu)
         return RunnerSettings(
             context_length=max(4, min(length, trained)),
             parallel=self._settings.parallel,
             threads=threads_for(max(0, options.num_thread or 0) or self._settings.threads),
             n_batch=max(1, min(options.num_batch or MAX_BATCH, MAX_BATCH)),
             flash_attention=self._settings.flash_attention,
+            kv_type=self._settings.kv_cache_type,
+            accelerators=devices,
+            memory_lock=self._settings.memory_lock,
             use_mmap=options.use_mmap is not False,
             gpu_layers=layers,
             max_queue=self._settings.max_queue,
             load_timeout_s=min(self._load_timeout_s, 1e9),
             deterministic=self._settings.deterministic,
+            embeds="completion" not in model.info.capabilities,
+            stages=options.stages or 0,
+            shards=options.shards or (),
+            activation_dtype=options.activation_dtype or "",
         )
 
     @asynccontextmanager
@@ -148,20 +140,37 @@ class Table:
                 raise CapacityError("the engine is shutting down")
             slot = self._slots.get(model.path)
             if slot is None:
+                self._check_queue(None)
                 return self._begin(model, options)
             if not slot.is_closing and self._suits(slot, model, options):
-                if slot.runner is None:
-                    self._check_queue()
+                self._check_queue(slot)
                 return slot
+            self._check_queue(None)
             if not slot.is_closing:
                 log.info("model_reload", model=model.info.name, waits_for=slot.users)
                 slot.is_closing = True
                 self._idle(slot)
-            await slot.gone.wait()
+            self._waiting += 1
+            self._on_change()
+            try:
+                await slot.changed.wait()
+            finally:
+                self._waiting -= 1
+                self._on_change()
 
-    def _check_queue(self) -> None:
-        """As many may wait for loads as a loaded model takes: those that it works on, and its queue."""
-        if self.pending >= self._settings.max_queue + self._settings.parallel:
+    def _check_queue(self, slot: Slot | None) -> None:
+        """Refuse what would wait behind a full queue.
+
+        A loaded model takes those that it works on, and a queue. All that wait for loads are one queue, which
+        takes as many: whether a model is warm makes no difference to how many may ask for it.
+        """
+        most = self._settings.max_queue
+        if slot is not None and slot.runner is not None:
+            is_full = slot.users >= most + slot.runner.parallel
+        else:
+            pending = self._waiting + sum(s.users for s in self._slots.values() if s.runner is None)
+            is_full = pending >= most + self._settings.parallel
+        if is_full:
             raise CapacityError(SERVER_BUSY)
 
     def _suits(self, slot: Slot, model: StoredModel, options: RunnerOptions) -> bool:
@@ -169,25 +178,30 @@ class Table:
         if slot.model.header is not model.header:  # the store reads a header again once its file has changed
             return False
         wanted, has = self.runner_settings(model, options), slot.settings
-        if options.num_ctx is None:
-            is_length_right = has.context_length >= wanted.context_length
-        else:
-            is_length_right = has.context_length == wanted.context_length
         return (
-            is_length_right
+            (not options.num_ctx or has.context_length == wanted.context_length)
             and (not options.num_batch or has.n_batch == wanted.n_batch)
             and (not options.num_thread or has.threads == wanted.threads)
             and (options.use_mmap is None or has.use_mmap == wanted.use_mmap)
             and (options.num_gpu is None or options.num_gpu < 0 or has.gpu_layers == wanted.gpu_layers)
+            and (options.stages is None or has.stages == wanted.stages)
+            and (options.shards is None or has.shards == wanted.shards)
+            and (options.activation_dtype is None or has.activation_dtype == wanted.activation_dtype)
+            and (options.main_gpu is None or options.main_gpu < 0 or has.accelerators == wanted.accelerators)
         )
 
+    def suiting(self, model: StoredModel, options: RunnerOptions) -> bool:
+        """True if the model is in memory, or on its way there, as a request asks for it."""
+        slot = self._slots.get(model.path)
+        return slot is not None and not slot.is_closing and self._suits(slot, model, options)
+
     def _begin(self, model: StoredModel, options: RunnerOptions) -> Slot:
-        self._check_queue()
         slot = Slot(
             model,
             self.runner_settings(model, options),
             self._default_keep_alive_s,
             asyncio.get_running_loop().create_future(),
+            identity(model.path),
         )
         slot.last_used = time.monotonic()
         slot.ready.add_done_callback(lambda f: f.cancelled() or f.exception())  # also if all have left
@@ -199,11 +213,13 @@ class Table:
         """Load a slot's model; whatever happens, who waits for it is told."""
         name = slot.model.info.name
         try:
-            async with asyncio.timeout(None if self._load_timeout_s == math.inf else self._load_timeout_s):
-                async with self._loading:
-                    await self._make_room(slot)
-                    began = time.monotonic()
-                    runner = await self._load(slot.model.path, slot.settings)
+            # Loads come one after the other, in the order in which they were asked for. The time that one may
+            # take begins with its turn: waiting for a long answer of another model is no fault of this one.
+            async with self._loading:
+                room = await self._make_room(slot)
+                began = time.monotonic()
+                async with asyncio.timeout(None if self._load_timeout_s == math.inf else self._load_timeout_s):
+                    runner = await self._load(slot.model.path, replace(slot.settings, memory=room))
             slot.runner = runner
             await self._try_template(slot)
         except BaseException as error:
@@ -219,6 +235,8 @@ class Table:
 
     async def _try_template(self, slot: Slot) -> None:
         """Start the template's process with the model; without a good template, `raw` still works."""
+        if slot.settings.embeds:
+            return
         try:
             await self.template(slot, slot.model).start()
         except ModelUnusable as error:
@@ -239,34 +257,48 @@ class Table:
         log.warning("model_not_loaded", model=slot.model.info.name, error=str(shown))
         await self._put_away(slot)
 
-    async def _make_room(self, slot: Slot) -> None:
-        """Unload the least recently used until the number of models and the memory are right."""
+    async def _make_room(self, slot: Slot) -> int:
+        """Unload others until there is room; returns the bytes that the model may take, 0: no bound is known.
+
+        Raises ModelUnusable if it does not fit even alone, and CapacityError once nobody waits for it any more.
+        """
         most = self._settings.max_loaded_models or DEFAULT_MODELS
+        victims: list[Slot] = []
+        is_bound = not (self.has_gpu and slot.settings.gpu_layers != 0)  # else it is decided layer by layer
         while True:
-            others = [s for s in self._slots.values() if s is not slot and (s.runner is not None or s.is_unloading)]
-            missing = self._missing_memory(slot)
-            if len(others) < most and not missing:
-                return
-            if not others:
-                raise ModelUnusable(missing)
+            if not slot.users:
+                self._spare(victims)
+                raise CapacityError("nobody waits for the model any more")
+            others = {s.model.path: s for s in self._slots.values() if s.runner is not None or s.is_unloading}
+            residents = [
+                Resident(path, s.footprint(), s.users, s.last_used, s.is_closing) for path, s in others.items()
+            ]
+            need = needed(slot) if is_bound else Footprint()
+            free = self._available_memory() + sum(r.footprint.own for r in residents)
+            limit = budget(self._settings.memory, free) if is_bound else sys.maxsize
             self._freed.clear()
-            victim = min(others, key=lambda s: (not s.is_closing, s.users > 0, s.last_used))
-            if not victim.is_closing:
+            decision = make_room(residents, need, limit, most)
+            if isinstance(decision, Fits):
+                return decision.room if is_bound else 0
+            if isinstance(decision, Never):
+                raise ModelUnusable(too_large(decision.need, decision.limit))
+            if isinstance(decision, Unload):
+                victim = others[Path(str(decision.key))]
                 log.info("model_evicted", model=victim.model.info.name, by=slot.model.info.name)
                 victim.is_closing = True
+                victims.append(victim)
                 self._idle(victim)
+                continue
             await self._freed.wait()
 
-    def _missing_memory(self, slot: Slot) -> str:
-        """Say what is short for one sequence at least, "" if nothing is known to be."""
-        if self.has_gpu and slot.settings.gpu_layers != 0:
-            return ""  # llama.cpp decides how much goes to the accelerator
-        header = slot.model.header
-        need = slot.model.info.size + header.kv_bytes_per_token() * slot.settings.context_length
-        available = self._available_memory()
-        if need <= available:
-            return ""
-        return too_large(need, available)
+    def _spare(self, victims: Collection[Slot]) -> None:
+        """Let those stay after all that were to make room and are still in use."""
+        for victim in victims:
+            if not victim.is_unloading:
+                victim.is_closing = False
+                victim.changed.set()
+                victim.changed.clear()
+                self._idle(victim)
 
     def template(self, slot: Slot, model: StoredModel) -> ChatTemplate:
         """Return the template of one of the names that share a slot's file."""
@@ -295,6 +327,8 @@ class Table:
 
     def _idle(self, slot: Slot) -> None:
         """Decide what happens to a slot that may have become free."""
+        if not slot.users and not slot.ready.done():
+            self._freed.set()  # its load may find that nobody waits for it
         if slot.users or slot.is_unloading or not slot.ready.done():
             return
         if slot.timer:
@@ -331,6 +365,7 @@ class Table:
         finally:
             self._remove(slot)
             slot.gone.set()
+            slot.changed.set()
             self._freed.set()
             self._on_change()
 

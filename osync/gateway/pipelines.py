@@ -1,0 +1,136 @@
+"""Requests for models that may be split over shards: who decides, and where they go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from osync.cluster.view import Peer
+from osync.config import parse_count
+from osync.core.planner import Decision
+from osync.core.splitting import Holder, holder, is_plainly_whole, parameters_of
+from osync.errors import NotSupported
+from osync.types import ModelInfo, NodeId, NodeState
+from osync.wire import names
+from osync.wire.options import RunnerOptions, parse_options
+
+if TYPE_CHECKING:
+    from osync.coordinator.coordinator import PipelineStatus
+    from osync.core.plan import NoPlan, Plan
+    from osync.gateway.context import Context
+    from osync.wire.request import Inference
+
+NO_SHARD = "no shard is known: run `osyncd --role shard` on a host, and name it with --servers host:port"
+TURNED_OFF = "distributed inference is turned off on this proxy (--no-distributed)"
+PIN = "pipelines"
+"""What X-Osync-Node may say for them, beside the node id."""
+
+
+class Pipelines(Protocol):
+    """This proxy's pipelines: one more node, and the decision who gets a request."""
+
+    peer: Peer
+    node_id: NodeId
+
+    @property
+    def has_shards(self) -> bool:
+        """True if at least one shard takes stages."""
+        ...
+
+    @property
+    def pipelines(self) -> tuple[PipelineStatus, ...]:
+        """All that are open."""
+        ...
+
+    def info(self, name: str) -> ModelInfo | None:
+        """Return what is known of a model; None where nobody has it."""
+        ...
+
+    async def decide(
+        self, name: str, requested: bool | None, options: RunnerOptions, holders: Sequence[Holder]
+    ) -> Decision:
+        """Say whether a request goes over the shards. Raises OsyncError where it can be served in no way."""
+        ...
+
+    async def explain(
+        self, name: str, requested: bool | None, options: RunnerOptions, holders: Sequence[Holder]
+    ) -> tuple[Plan | NoPlan, Decision]:
+        """Plan a model and decide."""
+        ...
+
+
+class Plain:
+    """Remembers which models are plainly whole, as long as no node says anything new: most requests end here."""
+
+    def __init__(self) -> None:
+        self._of: object = None
+        self._known: dict[str, bool] = {}
+
+    def find(self, candidates: object, model: str) -> bool | None:
+        """Return what is remembered for the very candidates, None for nothing."""
+        if candidates is not self._of:
+            self._of, self._known = candidates, {}
+        return self._known.get(model)
+
+    def keep(self, model: str, is_whole: bool) -> None:
+        """Remember it for the candidates of the last `find`."""
+        if len(self._known) < 1024:
+            self._known[model] = is_whole
+
+
+async def choose(ctx: Context, request: Inference, model: str, pin: str, *, embeds: bool) -> bool:
+    """Return True if a request goes to the pipelines. `model` is its canonical name; the pin is a node or "".
+
+    Raises OsyncError where a split was asked for and cannot be had, or where nothing at all holds the model.
+    """
+    pipelines, asked = ctx.pipelines, request.distributed
+    if pipelines is None or not pipelines.has_shards:
+        if asked:
+            raise NotSupported(ctx.no_pipelines if pipelines is None else NO_SHARD)
+        return False
+    if pin:
+        return pin in (PIN, pipelines.node_id)
+    if asked is False or not model or (embeds and not asked):
+        return False
+    candidates = ctx.replicas.of(ctx.view, ctx.drained)
+    is_whole = None if asked else ctx.plain.find(candidates, model)
+    if is_whole:
+        return False
+    info = pipelines.info(model)
+    if info is None:
+        return False  # nobody says that they have it: nodes are asked, and say it best
+    held = holders(ctx, model)
+    if not asked and is_whole is None:
+        threshold = parse_count(ctx.settings.distributed_threshold)
+        is_whole = is_plainly_whole(info.size, parameters_of(info.parameter_size, info.size), held, threshold)
+        ctx.plain.keep(model, is_whole)
+        if is_whole:
+            return False
+    options = parse_options({**request.pipeline_options, "num_ctx": request.num_ctx}).runner
+    return (await pipelines.decide(request.model, asked, options, held)).is_split
+
+
+def holders(ctx: Context, model: str) -> list[Holder]:
+    """Return the usable nodes that have a model, by canonical name."""
+    found: list[Holder] = []
+    for candidate in ctx.replicas.of(ctx.view, ctx.drained):
+        node = ctx.replicas.find(candidate.node_id) if candidate.usable and model in candidate.present else None
+        if node is not None:
+            found.append(holder(node[0], is_loaded=model in candidate.loaded))
+    return found
+
+
+def as_node(ctx: Context) -> tuple[NodeState, Peer] | None:
+    """Return the pipelines as one more node; None where there is no shard, and none is open."""
+    pipelines = ctx.pipelines
+    if pipelines is None:
+        return None
+    state = pipelines.peer.state
+    if state is None or not (pipelines.has_shards or state.backend.loaded):
+        return None
+    return state, pipelines.peer
+
+
+def has_loaded(state: NodeState, model: str) -> bool:
+    """True if the model, by canonical name, is in memory there."""
+    return any(names.key(loaded.name) == model for loaded in state.backend.loaded)

@@ -1,0 +1,1 @@
+"""The shard role: holds stages of models for coordinators, and evaluates frames."""

@@ -1,0 +1,263 @@
+"""One stage that a shard holds: loaded from here or from elsewhere, fed by flows, reported on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from osync.core.plan import gib
+from osync.core.stages import Route, StageOrder, StageReport, StageState
+from osync.engine.cutting import layer_costs
+from osync.engine.devices import LoadSettings
+from osync.engine.gguf import GGUFHeader, read_header
+from osync.engine.header_fetch import fetch_header
+from osync.engine.layers import LayerStage, Part
+from osync.engine.llama import KV_TYPES, ContextSettings, Model
+from osync.engine.slice import plan_slice
+from osync.engine.slice_file import Read
+from osync.engine.slices import SliceCache
+from osync.errors import ModelUnusable, OsyncError, StageLost
+from osync.net.blob import BlobReader
+from osync.net.shard_service import Downstream
+from osync.net.tasks import Tasks
+from osync.shard.epoch import Door, Epoch, Work
+
+log = structlog.get_logger("osync.shard")
+
+REPORT_S: Final = 1.0
+PROGRESS_S: Final = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What stages need of the shard that holds them."""
+
+    find: Callable[[str], Path | None]
+    """The whole model's file on this host, by its digest's 64 hexadecimal digits."""
+    slices: SliceCache
+    reserve: Callable[[Held, int], None]
+    """Promise memory to a stage, in bytes. Raises CapacityError."""
+    load: LoadSettings
+    threads: int
+    engine: str
+    changed: Callable[[], None]
+
+
+class Held:
+    """A stage from its order to its end. `close` frees all that it has."""
+
+    def __init__(self, order: StageOrder, host: Host) -> None:
+        self.order = order
+        self.state = StageState.WAITING
+        self.size_bytes = 0
+        self.progress = 0.0
+        self.leases = 0
+        """Calls that hold it; without one it is kept a little for the next epoch."""
+        self.work = Work()
+        self._host = host
+        self._error = ""
+        self._bytes = (0, 0)
+        self._fetched = 0
+        self._weights = self._kv = 0
+        self._stage: LayerStage | None = None
+        self._epoch: Epoch | None = None
+        self._news = asyncio.Event()
+        self._over = asyncio.Event()
+        self._tasks = Tasks(f"stage.{order.model}.{order.first}-{order.last}")
+        self._tasks.spawn("hold", self._hold())
+
+    async def reports(self) -> AsyncGenerator[StageReport, None]:
+        """Yield how it is: at every change, and every second; ends after FAILED."""
+        while True:
+            self._news.clear()
+            yield self.report()
+            if self.state is StageState.FAILED:
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REPORT_S):
+                    await self._news.wait()
+
+    def report(self) -> StageReport:
+        """Return how it is now."""
+        work, stage = self.work, self._stage
+        return StageReport(
+            state=self.state,
+            error=self._error,
+            bytes_done=self._bytes[0],
+            bytes_total=self._bytes[1],
+            bytes_fetched=self._fetched,
+            weight_bytes=self._weights,
+            kv_bytes=self._kv,
+            frames=work.frames,
+            rows=work.rows,
+            busy_s=work.busy_s,
+            queued=self._epoch.queued if self._epoch else 0,
+            taken=work.taken,
+            done=work.done,
+            engine=self._host.engine,
+            embedding_length=stage.part.width if stage else 0,
+            vocabulary_size=stage.limits.vocabulary_size if stage and self.order.is_first else 0,
+        )
+
+    def open(self, route: Route, down: Downstream) -> Door:
+        """Connect a flow. Raises StageLost where the stage is not ready, or the epoch is over."""
+        stage = self._stage
+        if stage is None or self.state is not StageState.READY:
+            raise StageLost("the stage is not loaded")
+        epoch = self._epoch
+        if epoch is not None and route.epoch < epoch.number:
+            raise StageLost(f"epoch {route.epoch} of the pipeline is over: {epoch.number} has begun")
+        if epoch is None or route.epoch > epoch.number:
+            if epoch is not None:
+                self._tasks.spawn("close_epoch", epoch.close())
+            epoch = self._epoch = Epoch(route, stage, self.work)
+        return epoch.open(route, down)
+
+    async def close(self) -> None:
+        """Free everything."""
+        self._over.set()
+        await self._tasks.close()
+        if self._epoch is not None:
+            await self._epoch.close()
+
+    async def _hold(self) -> None:
+        """Load the stage, and free it at the end, whatever ends it."""
+        try:
+            async with self._slice() as path:
+                self._change(StageState.LOADING)
+                stage = await LayerStage.load(path, self._context, settings=self._host.load)
+                try:
+                    self._stage = stage
+                    self._change(StageState.READY)
+                    log.info("stage_ready", model=self.order.model, first=self.order.first, last=self.order.last,
+                             size_bytes=self.size_bytes, bytes_fetched=self._fetched)  # fmt: skip
+                    await self._over.wait()
+                finally:
+                    self._stage = None
+                    await stage.close()
+        except OsyncError as error:
+            self._error = str(error)
+            log.warning("stage_failed", model=self.order.model, first=self.order.first, last=self.order.last,
+                        error=self._error)  # fmt: skip
+            self._change(StageState.FAILED)
+
+    def _change(self, state: StageState) -> None:
+        self.state = state
+        self._news.set()
+        self._host.changed()
+
+    @contextlib.asynccontextmanager
+    async def _slice(self) -> AsyncIterator[Path]:
+        """Yield the file to load: this host's own if the stage is all of it, else a slice of it or of another's."""
+        order, host = self.order, self._host
+        own = host.find(order.digest.removeprefix("sha256:"))
+        if own is not None:
+            header = await asyncio.to_thread(read_header, own)
+            self._account(header)
+            if (order.first, order.last) == (0, header.block_count):
+                yield own
+                return
+            async with self._cached(header, _file_read(own)) as path:
+                yield path
+            return
+        kept = await asyncio.to_thread(host.slices.find, order.digest.removeprefix("sha256:"), order.first, order.last)
+        if kept is not None:
+            # Written whole and checked before: what it weighs stands in its own header.
+            self._reserve(kept.size_bytes, await asyncio.to_thread(read_header, kept.path))
+            async with host.slices.hold(kept) as path:
+                yield path
+            return
+        if not order.sources:
+            raise ModelUnusable(f"{order.model} is not on this host, and no daemon that has it was named")
+        async with BlobReader(order.digest, order.sources) as reader:
+            header, _ = await fetch_header(reader.read, await reader.size(), order.model)
+            self._account(header)
+
+            async def read(offset: int, length: int) -> bytes:
+                data = await reader.read(offset, length)
+                self._fetched = reader.fetched
+                return data
+
+            async with self._cached(header, read) as path:
+                self._fetched = reader.fetched
+                yield path
+
+    @contextlib.asynccontextmanager
+    async def _cached(self, header: GGUFHeader, read: Read) -> AsyncIterator[Path]:
+        order = self.order
+        plan = plan_slice(header, order.first, order.last)
+        self._change(StageState.FETCHING)
+        said = time.monotonic()
+
+        def progress(done: int, total: int) -> None:
+            nonlocal said
+            self._bytes, self.progress = (done, total), done / max(1, total)
+            if (now := time.monotonic()) - said > PROGRESS_S:
+                said = now
+                self._news.set()
+                log.info("slice_progress", model=order.model, done=gib(done), total=gib(total))
+
+        digest = order.digest.removeprefix("sha256:")
+        async with self._host.slices.use(digest, plan, read, progress=progress) as path:
+            yield path
+
+    def _account(self, header: GGUFHeader) -> None:
+        """Promise the memory that the stage will take, from the whole model's header."""
+        order = self.order
+        if header.block_count != order.layers:
+            raise ModelUnusable(f"{order.model} has {header.block_count} layers, not {order.layers}")
+        costs = layer_costs(header)
+        weights = costs.stage_bytes(order.first, order.last)
+        self._promise(weights, self._cells_bytes(header))
+
+    def _reserve(self, weights: int, header: GGUFHeader) -> None:
+        self._promise(weights, self._cells_bytes(header, whole=False))
+
+    def _cells_bytes(self, header: GGUFHeader, whole: bool = True) -> int:
+        order, settings = self.order, self.order.settings
+        costs = layer_costs(header)
+        layers = range(order.first, order.last) if whole else range(header.block_count)
+        value_bytes = KV_TYPES[settings.kv_type][1]
+        one = sum(costs.cache_bytes(layer, settings.context_length, value_bytes) for layer in layers)
+        return one * settings.sequences
+
+    def _promise(self, weights: int, kv: int) -> None:
+        self._weights, self._kv = weights, kv
+        self.size_bytes = weights + kv
+        self._host.reserve(self, self.size_bytes)
+
+    def _context(self, model: Model, part: Part) -> ContextSettings:
+        """Return what the order asks for. Raises ModelUnusable if the file is not the ordered part."""
+        order, wanted = self.order, self.order.settings
+        if (part.first, part.last, part.layers) != (order.first, order.last, order.layers):
+            raise ModelUnusable(f"the slice has layers {part.first} to {part.last} of {part.layers}")
+        return ContextSettings(
+            context_length=wanted.context_length,
+            sequences=wanted.sequences,
+            n_batch=wanted.n_batch,
+            threads=wanted.threads or self._host.threads,
+            flash_attention="off" if wanted.deterministic else wanted.flash_attention,
+            kv_type=wanted.kv_type,
+            unified=wanted.unified,
+        )
+
+
+def _file_read(path: Path) -> Read:
+    """Return ranged reads of a file here; each opens it anew, off the event loop."""
+
+    def read(offset: int, length: int) -> bytes:
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            return file.read(length)
+
+    async def in_thread(offset: int, length: int) -> bytes:
+        return await asyncio.to_thread(read, offset, length)
+
+    return in_thread
