@@ -246,7 +246,7 @@ async def test_the_time_for_a_load_begins_with_its_turn(hosts):
     ("first", "second", "loads"),
     [
         ({}, {}, 1),
-        ({"num_ctx": 64}, {}, 1),  # who does not say takes what is there
+        ({"num_ctx": 64}, {}, 2),  # what one client made small does not cut the prompts of those who do not say
         ({}, {"num_ctx": 64}, 2),
         ({"num_ctx": 64}, {"num_ctx": 128}, 2),
         ({"num_ctx": 128}, {"num_ctx": 64}, 2),

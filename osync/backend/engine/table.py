@@ -178,8 +178,12 @@ class Table:
         if slot.model.header is not model.header:  # the store reads a header again once its file has changed
             return False
         wanted, has = self.runner_settings(model, options), slot.settings
+        if options.num_ctx:
+            is_length_right = has.context_length == wanted.context_length
+        else:  # what one client made smaller must not cut the prompts of all others
+            is_length_right = has.context_length >= wanted.context_length
         return (
-            (not options.num_ctx or has.context_length == wanted.context_length)
+            is_length_right
             and (not options.num_batch or has.n_batch == wanted.n_batch)
             and (not options.num_thread or has.threads == wanted.threads)
             and (options.use_mmap is None or has.use_mmap == wanted.use_mmap)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -60,6 +62,7 @@ class PipelineBackend(EngineBackend):
         planner: Coordinates,
         *,
         owns_store: bool,
+        probe: Callable[[], EngineLibrary] | None = None,
     ) -> None:
         """`planner` plans as if this proxy's own pipelines were closed: those in use are waited for, idle ones
         are put away."""
@@ -68,7 +71,7 @@ class PipelineBackend(EngineBackend):
         super().__init__(
             own,
             load=self._open,
-            probe=lambda: _probe(settings),
+            probe=probe or partial(_probe, settings),
             available_memory=lambda: sum(shard.lends.memory_free for shard in shards.up()),
             store=models.local,
         )

@@ -11,6 +11,7 @@ from typing import Final
 
 import structlog
 
+from osync.backend.engine.runner import EngineLibrary
 from osync.backend.pipelines.backend import Coordinates, PipelineBackend
 from osync.backend.pipelines.peers import Shards
 from osync.backend.pipelines.store import ClusterStore
@@ -61,8 +62,9 @@ class PipelineNode:
         own_address: str = "",
         store: ModelStore | None = None,
         make: Make = Coordinator,
+        probe: Callable[[], EngineLibrary] | None = None,
     ) -> None:
-        """`store`: this host's models, where another role of the daemon watches them."""
+        """`store`: this host's models, where another role of the daemon watches them. `probe`: finds llama.cpp."""
         state_dir = settings.state_dir or default_state_dir()
         self._settings = settings
         self._threshold = parse_count(settings.distributed_threshold)
@@ -72,7 +74,13 @@ class PipelineNode:
         self._coordinator = make(settings, node_id, self._shards.up)
         self._planner = make(settings, node_id, self._shards.lendable)
         self._backend = PipelineBackend(
-            settings, self._models, self._shards, self._coordinator, self._planner, owns_store=store is None
+            settings,
+            self._models,
+            self._shards,
+            self._coordinator,
+            self._planner,
+            owns_store=store is None,
+            probe=probe,
         )
         self.node_id = NodeId(f"{node_id}-pipelines")
         self._started_at = time.time()
