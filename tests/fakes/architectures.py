@@ -11,7 +11,9 @@ WIDTH, HEADS, KV_HEADS, HEAD, INNER, WORDS, EXPERTS = 64, 4, 2, 16, 96, 96, 4
 WINDOW = 8
 
 
-def write_model(path: Path, arch: str, layers: int, *, tied: bool = True, **numbers: Any) -> Path:
+def write_model(
+    path: Path, arch: str, layers: int, *, tied: bool = True, vocabulary: str = "no_vocab", **numbers: Any
+) -> Path:
     """Write a model of random f32 weights; `numbers` are further keys, `__` standing for a dot."""
     import gguf
 
@@ -32,7 +34,7 @@ def write_model(path: Path, arch: str, layers: int, *, tied: bool = True, **numb
         else:
             writer.add_uint32(f"{arch}.{key}", value)
     writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5)
-    writer.add_string("tokenizer.ggml.model", "no_vocab")
+    writer.add_string("tokenizer.ggml.model", vocabulary)
     writer.add_array("tokenizer.ggml.words", [f"word{i}" for i in range(2000)])  # long, for a real one
 
     def tensor(name: str, *size: int, near: float = 0.0) -> None:

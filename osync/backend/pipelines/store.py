@@ -103,11 +103,11 @@ class ClusterStore:
         )
 
     def at(self, path: Path) -> StoredModel:
-        """Return a model by the file that stands for it. Raises ModelNotFound."""
-        for model in (*self.local.models, *self._found.values()):
-            if model.path == path:
-                return model
-        raise ModelNotFound(f"the file of a model is gone: {path.name}")
+        """Return a model by the file that stands for it, by its plainest name. Raises ModelNotFound."""
+        found = [model for model in (*self.local.models, *self._found.values()) if model.path == path]
+        if not found:
+            raise ModelNotFound(f"the file of a model is gone: {path.name}")
+        return min(found, key=lambda model: (not model.info.name.endswith(":latest"), len(model.info.name)))
 
     def _elsewhere(self, key: str) -> tuple[ModelInfo, list[tuple[NodeState, Peer]]] | None:
         """Return the model that most nodes have by that name, the newest of equals, and those nodes."""
