@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import contextlib
 import queue
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -14,6 +15,10 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 _Call = tuple[Callable[[], Any], asyncio.AbstractEventLoop | None, "asyncio.Future[Any] | None"]
 
+
+SWITCH_S = 0.0002
+"""After so long a thread that holds the interpreter gives it to one that waits. Python's 5 ms would have the engine
+wait, with a frame in hand, until the event loop has written all tokens of the last one."""
 
 _threads: weakref.WeakSet[EngineThread] = weakref.WeakSet()
 
@@ -30,6 +35,7 @@ class EngineThread:
     """Runs calls one after the other in one thread; ctypes releases the GIL while they are in C."""
 
     def __init__(self, name: str) -> None:
+        sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
         # Its callers bound it: each awaits its call before it makes the next.
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._closed = False
