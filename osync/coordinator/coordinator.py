@@ -113,6 +113,7 @@ class Coordinator:
             size_bytes=size,
             max_queue=settings.max_queue,
             deterministic=settings.deterministic,
+            drafts=settings.drafts,
             closed=lambda: self._runners.pop(name, None) and None,
         )
         self._runners[name] = (model, runner)

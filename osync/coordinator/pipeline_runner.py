@@ -25,10 +25,13 @@ class PipelineRunner(Answering):
         size_bytes: int,
         max_queue: int,
         deterministic: bool,
+        drafts: bool,
         closed: Callable[[], None],
     ) -> None:
         words = Vocabulary(vocabulary)
-        super().__init__(words, Generation(pipeline, words, max_queue=max_queue, deterministic=deterministic))
+        super().__init__(
+            words, Generation(pipeline, words, max_queue=max_queue, deterministic=deterministic, drafts=drafts)
+        )
         self.pipeline = pipeline
         self.context_length = pipeline.limits.context_length
         self.parallel = pipeline.limits.sequences

@@ -61,6 +61,8 @@ class RunnerSettings:
     """Over shards: only these, by address, node id or host name; none: all."""
     activation_dtype: str = ""
     """Over shards: what stages send each other; "": the daemon's setting."""
+    drafts: bool = True
+    """Over shards: verify drafts by prompt look-up where that pays."""
 
 
 class Runner(Answering):
@@ -73,7 +75,8 @@ class Runner(Answering):
         words = Vocabulary(model)
         super().__init__(
             words,
-            Generation(stage, words, max_queue=settings.max_queue, deterministic=settings.deterministic),
+            # Drafts here would change the shape of evaluations, and with it what a seed promises.
+            Generation(stage, words, max_queue=settings.max_queue, deterministic=settings.deterministic, drafts=False),
         )
         self.context_length = stage.limits.context_length
         self.parallel = stage.limits.sequences

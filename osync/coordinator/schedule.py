@@ -234,13 +234,16 @@ class Schedule:
         room = min(self._limits.n_batch - len(rows), self._chunk)
         if running:
             room = self._pace.chunk(room, len(rows)) if room > 0 else 0
-        # Each gets its share; what the short ones leave is the long ones'.
-        prompts.sort(key=lambda slot: slot.pending)
-        for index, slot in enumerate(prompts):
-            count = min(slot.pending, max(1, room // (len(prompts) - index)), room)
-            if count > 0:
-                rows.append(self._rows(slot, count))
-                room -= count
+        # Half for who came first, the rest for who is through soonest: a long prompt holds up nobody for long.
+        oldest = min(prompts, key=_used)
+        shares = {oldest.id: min(oldest.pending, -(-room // 2))} if room > 0 else {}
+        room -= sum(shares.values())
+        for slot in sorted(prompts, key=_pending):
+            more = min(slot.pending - shares.get(slot.id, 0), room)
+            if more > 0:
+                shares[slot.id] = shares.get(slot.id, 0) + more
+                room -= more
+        rows.extend(self._rows(self.slots[number], count) for number, count in shares.items())
         return rows
 
     def _may_run(self, slot: Slot) -> bool:
@@ -299,7 +302,7 @@ class Schedule:
 
     def _stage_ns(self, took_ns: int, now_ns: int) -> int:
         """Return about how long a frame was at one stage: in a full pipeline they land one after the other."""
-        if self._groups == 1:
+        if self._limits.depth == 1:
             return took_ns
         since_ns, self._landed_ns = now_ns - self._landed_ns, now_ns
         return min(took_ns // self._groups, since_ns) if len(self._flying) < self._groups else min(took_ns, since_ns)
@@ -376,6 +379,14 @@ class Schedule:
         if common < len(tokens) and not self._limits.cuts:
             return 0
         return common
+
+
+def _used(slot: Slot) -> int:
+    return slot.used
+
+
+def _pending(slot: Slot) -> int:
+    return slot.pending
 
 
 def rows_of(frame: Frame, slots: Iterable[int]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -41,6 +41,8 @@ class StageOrder:
     settings: StageSettings
     sources: tuple[str, ...] = ()
     """host:port of daemons that have the file."""
+    standby: bool = field(default=False, compare=False)
+    """Held in reserve: given up where a stage that is used needs the memory."""
 
     @property
     def is_first(self) -> bool:
@@ -103,8 +105,15 @@ class Route:
     activation_dtype: str = "f32"
     in_flight: int = 16
     """Frames that may be unacknowledged."""
+    cuts: tuple[int, ...] = ()
+    """Stage i has layers [cuts[i], cuts[i + 1]); empty where each shard holds one stage of the pipeline."""
 
     @property
     def is_last(self) -> bool:
         """True if no stage comes after it."""
         return self.stage == len(self.addresses) - 1
+
+    @property
+    def layers(self) -> tuple[int, int] | None:
+        """First layer and the one after the last of the stage that it is for; None where it does not say."""
+        return (self.cuts[self.stage], self.cuts[self.stage + 1]) if self.cuts else None

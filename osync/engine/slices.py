@@ -124,6 +124,10 @@ class SliceCache:
             if not self._users[name]:
                 del self._users[name]
 
+    async def discard(self, entry: CachedSlice) -> None:
+        """Remove a slice, as one that is damaged; who has it open keeps what they have."""
+        await asyncio.to_thread(entry.path.unlink, missing_ok=True)
+
     async def _write(
         self,
         plan: SlicePlan,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from osync.engine.batch import Batch
 from osync.engine.devices import LoadSettings, load_model
-from osync.engine.frame import Close, Copy, Frame, Open, Operation, Outcome, Rows, Truncate
+from osync.engine.frame import SAMPLED, Close, Copy, Frame, Open, Operation, Outcome, Rows, Truncate
 from osync.engine.llama import MAX_SAMPLED, ContextSettings, Model, reason, take_errors
 from osync.engine.parked import Parked
 from osync.engine.sampling import Sampler
@@ -22,6 +22,7 @@ from osync.errors import BadRequest, ModelError
 T = TypeVar("T")
 S = TypeVar("S", bound="ContextStage")
 
+_AHEAD = (SAMPLED,)
 KEPT = 64
 """Prefixes that are kept aside at most; their tokens are what bounds them."""
 
@@ -101,6 +102,9 @@ class ContextStage:
         )
         self._parked = Parked(api, self._context)
         self._closed = False
+        self._number = self._aborted = 0
+        self._newest: dict[int, int] = {}
+        """The token that each sequence's last evaluation sampled, where all of its rows counted."""
         self._samplers: dict[int, Sampler] = {}
         self._lengths = [0] * settings.sequences
         self._batch = Batch(api, size=self.limits.n_batch, sequences=settings.sequences, width=width)
@@ -119,11 +123,20 @@ class ContextStage:
     async def _run(self, work: Callable[[], T]) -> T:
         if self._closed:
             raise ModelError("the model was unloaded")
-        self._stop[0] = b"\0"
-        return await self._thread.run(work)
+        self._number += 1
+        number = self._number
+
+        def run() -> T:
+            self._stop[0] = b"\0"
+            if number <= self._aborted:
+                self._stop[0] = b"\1"
+            return work()
+
+        return await self._thread.run(run)
 
     def abort(self) -> None:
-        """End the evaluation under way at its next graph node."""
+        """End the evaluation under way at its next graph node, and what waits behind it before it begins."""
+        self._aborted = self._number
         self._stop[0] = b"\1"
 
     async def close(self) -> None:
@@ -155,12 +168,12 @@ class ContextStage:
     def _evaluate(self, frame: Frame) -> Outcome:
         if not self._context:
             raise ModelError("the model was unloaded")
+        changed = frame.sequences(self.limits.sequences)
+        frame, whole = self._resolve(frame)
         self._check(frame)
-        whole = True
         for operation in frame.operations:
             whole &= self._apply(operation)
         if not whole or any(rows.position != self._lengths[rows.sequence] for rows in frame.rows):
-            changed = frame.sequences(self.limits.sequences)
             return Outcome({}, {sequence: self._lengths[sequence] for sequence in changed})
         for rows in frame.rows:
             if rows.sample and self._tap is None and rows.sequence not in self._samplers:
@@ -178,6 +191,27 @@ class ContextStage:
             if self._tap is None:
                 sampled |= self._sample(run)
         return Outcome(sampled)
+
+    def _resolve(self, frame: Frame) -> tuple[Frame, bool]:
+        """Put the newest tokens where the frame asks for them; without rows, and False, if one never was sampled."""
+        rows = frame.rows
+        if any(run.tokens[:1] == _AHEAD for run in rows):
+            if any(run.tokens[:1] == _AHEAD and run.sequence not in self._newest for run in rows):
+                rows = ()
+            else:
+                rows = tuple(
+                    [
+                        replace(run, tokens=(self._newest[run.sequence], *run.tokens[1:]))
+                        if run.tokens[:1] == _AHEAD
+                        else run
+                        for run in rows
+                    ]
+                )
+        for run in frame.rows:
+            self._newest.pop(run.sequence, None)
+        if rows is frame.rows:
+            return frame, True
+        return Frame(rows, frame.operations), bool(rows)
 
     def _decode(self, rows: tuple[Rows, ...]) -> int:
         """Evaluate rows in one batch; returns llama.cpp's code, 0 where it went well."""
@@ -205,6 +239,8 @@ class ContextStage:
                     break
             if tokens:
                 sampled[rows.sequence] = tuple(tokens)
+                if len(tokens) == rows.sample:
+                    self._newest[rows.sequence] = tokens[-1]
         return sampled
 
     def _check(self, frame: Frame) -> None:
@@ -310,7 +346,13 @@ def _check_operation(operation: Operation, limits: Limits) -> None:
 
 
 class LocalStage(ContextStage):
-    """All layers of a model in this process."""
+    """All layers of a model in this process; takes the next frame while it evaluates one."""
+
+    def __init__(self, thread: EngineThread, model: Model, settings: ContextSettings) -> None:
+        """Make the context; runs in `thread`."""
+        super().__init__(thread, model, settings)
+        # A token's row waits in the thread for the token: no turn of the event loop comes between two evaluations.
+        self.limits = replace(self.limits, depth=2, runs_ahead=True)
 
     @classmethod
     async def load(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from operator import is_
+from time import monotonic
+from typing import TYPE_CHECKING, Final, Protocol
 
 from osync.cluster.view import Peer
 from osync.config import parse_count
+from osync.core.balancer import Candidate
 from osync.core.planner import Decision
 from osync.core.splitting import Holder, holder, is_plainly_whole, parameters_of
 from osync.errors import NotSupported
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 NO_SHARD = "no shard is known: run `osyncd --role shard` on a host, and name it with --servers host:port"
 TURNED_OFF = "distributed inference is turned off on this proxy (--no-distributed)"
+PLAIN_S: Final = 5.0
 PIN = "pipelines"
 """What X-Osync-Node may say for them, beside the node id."""
 
@@ -60,16 +64,22 @@ class Pipelines(Protocol):
 
 
 class Plain:
-    """Remembers which models are plainly whole, as long as no node says anything new: most requests end here."""
+    """Remembers which models are plainly whole, as long as no node's models change: most requests end here."""
 
     def __init__(self) -> None:
-        self._of: object = None
+        self._of: Sequence[Candidate] = ()
         self._known: dict[str, bool] = {}
+        self._until = 0.0
 
-    def find(self, candidates: object, model: str) -> bool | None:
-        """Return what is remembered for the very candidates, None for nothing."""
+    def find(self, candidates: Sequence[Candidate], model: str, now: float) -> bool | None:
+        """Return what is remembered for these candidates, None for nothing. `now` in monotonic seconds."""
         if candidates is not self._of:
-            self._of, self._known = candidates, {}
+            # A candidate stays the same object as long as its node has the same models, on disk and in memory.
+            if len(candidates) != len(self._of) or not all(map(is_, candidates, self._of)):
+                self._known = {}
+            self._of = candidates
+        if now >= self._until:  # memory that others take is seen late, not never
+            self._known, self._until = {}, now + PLAIN_S
         return self._known.get(model)
 
     def keep(self, model: str, is_whole: bool) -> None:
@@ -84,30 +94,34 @@ async def choose(ctx: Context, request: Inference, model: str, pin: str, *, embe
     Raises OsyncError where a split was asked for and cannot be had, or where nothing at all holds the model.
     """
     pipelines, asked = ctx.pipelines, request.distributed
+    if not asked and not pin and (asked is False or not model or embeds):
+        return False
+    is_whole = None if asked else ctx.plain.find(ctx.replicas.of(ctx.view, ctx.drained), model, monotonic())
+    if is_whole and not pin:
+        return False
     if pipelines is None or not pipelines.has_shards:
         if asked:
             raise NotSupported(ctx.no_pipelines if pipelines is None else NO_SHARD)
         return False
     if pin:
         return pin in (PIN, pipelines.node_id)
-    if asked is False or not model or (embeds and not asked):
-        return False
-    candidates = ctx.replicas.of(ctx.view, ctx.drained)
-    is_whole = None if asked else ctx.plain.find(candidates, model)
-    if is_whole:
-        return False
     info = pipelines.info(model)
     if info is None:
         return False  # nobody says that they have it: nodes are asked, and say it best
     held = holders(ctx, model)
     if not asked and is_whole is None:
-        threshold = parse_count(ctx.settings.distributed_threshold)
-        is_whole = is_plainly_whole(info.size, parameters_of(info.parameter_size, info.size), held, threshold)
+        is_whole = stays_whole(ctx, info, held)
         ctx.plain.keep(model, is_whole)
         if is_whole:
             return False
     options = parse_options({**request.pipeline_options, "num_ctx": request.num_ctx}).runner
     return (await pipelines.decide(request.model, asked, options, held)).is_split
+
+
+def stays_whole(ctx: Context, info: ModelInfo, held: Sequence[Holder]) -> bool:
+    """True if no plan is needed to know that a node serves the model."""
+    threshold = parse_count(ctx.settings.distributed_threshold)
+    return is_plainly_whole(info.size, parameters_of(info.parameter_size, info.size), held, threshold)
 
 
 def holders(ctx: Context, model: str) -> list[Holder]:

@@ -35,6 +35,8 @@ async def plan(ctx: Context, call: Call) -> None:
     held = pipelines.holders(ctx, model)
     found, decision = await ctx.pipelines.explain(name, None, options, held)
     info = ctx.pipelines.info(model)
+    if info is not None and pipelines.stays_whole(ctx, info, held):
+        decision = Decision(False, "it is small, and a node has it loaded or has room for it", held[0].id)
     await relay.send_json(call, 200, {"model": info.name if info else name, **_answer(found, decision)})
 
 

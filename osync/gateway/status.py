@@ -14,6 +14,8 @@ from osync.errors import OsyncError
 from osync.gateway import relay, shards
 from osync.gateway.context import Call, Context
 from osync.gateway.fetch import fetch
+from osync.gateway.pipelines import as_node
+from osync.gateway.targets import Node
 from osync.types import BackendState, HostLoad, ModelInfo, NodeId, NodeState, RequestHead
 from osync.version import __version__
 from osync.wire import names
@@ -49,7 +51,7 @@ def report(ctx: Context, now: float) -> dict[str, Any]:
             "ready": bool(ctx.pipelines and ctx.pipelines.has_shards),
             "reason": "" if ctx.pipelines else ctx.no_pipelines,
         },
-        "sessions": {"active": sum(ctx.in_flight[state.node_id] for state, _ in ctx.view.up())},
+        "sessions": {"active": sum(ctx.in_flight[state.node_id] for state, _ in _serving(ctx))},
         "requests": {
             "total": ctx.traffic.requests,
             "errors": ctx.traffic.errors,
@@ -122,9 +124,16 @@ def _ended(backend: BackendState) -> BackendState:
     return replace(backend, ok=False, error="", loaded=(), active=0, queued=0)
 
 
+def _serving(ctx: Context) -> list[Node]:
+    """Return the nodes that are up, and this proxy's pipelines as the last one."""
+    split = as_node(ctx)
+    return [*ctx.view.up(), split] if split else ctx.view.up()
+
+
 def _models(ctx: Context) -> list[dict[str, Any]]:
     merged: dict[str, dict[str, Any]] = {}
-    for state, _ in ctx.view.up():
+    for state, peer in _serving(ctx):
+        is_split = ctx.pipelines is not None and peer is ctx.pipelines.peer
         loaded = {names.key(model.name) for model in state.backend.loaded}
         for model in state.backend.models:
             key = names.key(model.name)
@@ -132,7 +141,8 @@ def _models(ctx: Context) -> list[dict[str, Any]]:
             if entry is None:
                 entry = merged[key] = {**_model(model), "hosts": [], "loaded_on": []}
             host = {"node_id": state.node_id, "hostname": state.hostname, "digest": model.digest}
-            entry["hosts"].append(host)
+            if not (is_split and entry["hosts"]):  # files of this host, which a node may have listed already
+                entry["hosts"].append(host)
             if key in loaded:
                 entry["loaded_on"].append(state.node_id)
     return [merged[key] for key in sorted(merged)]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
+import structlog
 
 from osync.core.stages import Route
 from osync.errors import OsyncError, UpstreamUnavailable, WireError
@@ -20,18 +21,21 @@ from osync.pb import shard_pb2 as pb
 from osync.pb import shard_pb2_grpc
 from osync.wire.activation import pieces
 
+log = structlog.get_logger("osync.net")
+
 
 class Arrow:
     """One stream to a stage. `send` keeps at most `route.in_flight` frames unacknowledged.
 
-    `broke` is called once, in the loop, when the arrow is of no use any more, whatever ended it but `close`.
+    `broke` is called once, in the loop, when the arrow is of no use any more, whatever ended it but `close`: with
+    the reason, and the stage that is out of reach or refused, which may be a later one.
     """
 
     def __init__(
         self,
         route: Route,
         *,
-        broke: Callable[[OsyncError], None],
+        broke: Callable[[OsyncError, int], None],
         outcome: Callable[[bytes], None] | None = None,
         sent: Callable[[], None] | None = None,
     ) -> None:
@@ -72,17 +76,21 @@ class Arrow:
 
     async def _run(self) -> None:
         error: OsyncError
+        stage = self.route.stage
         try:
-            error = await self._connected()
+            error, stage = await self._connected()
         except grpc.RpcError as failure:
             error = self._unavailable(describe(failure))
         except (grpc.aio.BaseError, asyncio.InvalidStateError, WireError) as failure:
             error = self._unavailable(str(failure))
+        except Exception as failure:  # whatever it was, who sends has to hear of it
+            log.error("arrow_failed", address=self.address, exc_info=failure)
+            error = self._unavailable(repr(failure))
         if not self._closed:
             self._end()
-            self._broke(error)
+            self._broke(error, stage)
 
-    async def _connected(self) -> OsyncError:
+    async def _connected(self) -> tuple[OsyncError, int]:
         async with open_channel(self.address) as channel:
             stub = shard_pb2_grpc.ShardStub(channel)
             async with rpc_guard(stub.Flow()) as call:
@@ -94,11 +102,13 @@ class Arrow:
                     await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
                     if not reader.done():  # a write fails when the stream has ended, and the reader knows why
                         await asyncio.wait({reader}, timeout=1.0)
-                    return reader.result() if reader.done() else self._unavailable("connection closed")
+                    if reader.done():
+                        return reader.result()
+                    return self._unavailable("connection closed"), self.route.stage
                 finally:
                     await tasks.close()
 
-    async def _read(self, call: Any) -> OsyncError:
+    async def _read(self, call: Any) -> tuple[OsyncError, int]:
         try:
             while (message := await call.read()) is not grpc.aio.EOF:
                 if message.HasField("failure"):
@@ -108,9 +118,10 @@ class Arrow:
                 elif self._outcome is not None:
                     self._outcome(message.outcome)
         except grpc.RpcError as error:
-            return self._unavailable(describe(error))
+            return self._unavailable(describe(error)), self.route.stage
         code, details = await call.code(), await call.details()
-        return self._unavailable("it ended the stream" if code is grpc.StatusCode.OK else str(details or code))
+        reason = "it ended the stream" if code is grpc.StatusCode.OK else str(details or code)
+        return self._unavailable(reason), self.route.stage
 
     async def _write(self, call: Any) -> None:
         try:

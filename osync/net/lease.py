@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -10,7 +11,7 @@ import grpc
 import structlog
 
 from osync.core.stages import StageOrder, StageReport, StageState
-from osync.errors import ModelUnusable, OsyncError, UpstreamUnavailable, WireError
+from osync.errors import ModelUnusable, OsyncError, StageLost, UpstreamUnavailable, WireError
 from osync.net.channel import open_channel
 from osync.net.guard import rpc_guard
 from osync.net.options import describe
@@ -34,6 +35,8 @@ class StageLease:
         """The newest one."""
         self.error: OsyncError | None = None
         """Why it ended."""
+        self.changed_at = time.monotonic()
+        """When the report last told of progress in loading."""
         self._lost = lost
         self._ready = asyncio.Event()
         self._closed = False
@@ -56,6 +59,8 @@ class StageLease:
     async def close(self) -> None:
         """Give the stage back."""
         self._closed = True
+        self.error = self.error or StageLost("the stage was given back")
+        self._ready.set()
         await self._tasks.close()
 
     async def _run(self) -> None:
@@ -68,9 +73,9 @@ class StageLease:
             error = self._unavailable(f"no sign of life for {SILENCE_S:.0f} s")
         except (grpc.aio.BaseError, asyncio.InvalidStateError, WireError) as failure:
             error = self._unavailable(str(failure))
-        self.error = error
-        self._ready.set()
         if not self._closed:
+            self.error = error
+            self._ready.set()
             log.warning("stage_lost", address=self.address, pipeline=self.order.pipeline, error=str(error))
             self._lost(error)
 
@@ -85,7 +90,10 @@ class StageLease:
                     if message is grpc.aio.EOF:
                         code, details = await call.code(), await call.details()
                         return self._unavailable(str(details or code.name))
-                    self.report = report = report_from(message)
+                    before, self.report = self.report, report_from(message)
+                    report = self.report
+                    if before is None or (before.state, before.bytes_done) != (report.state, report.bytes_done):
+                        self.changed_at = time.monotonic()
                     if report.state is StageState.FAILED:
                         return ModelUnusable(f"shard {self.address}: {report.error}")
                     if report.state is StageState.READY:

@@ -1,4 +1,4 @@
-"""A look at an address from outside the event loop: is a daemon there?"""
+"""A look at an address from outside the event loop, whether a daemon is there."""
 
 from __future__ import annotations
 

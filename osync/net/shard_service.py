@@ -50,7 +50,7 @@ class Downstream:
         self._put(pb.FlowDown(outcome=data))
 
     def fail(self, error: OsyncError, stage: int | None = None) -> None:
-        """End the flow: `stage` is where it broke, this one by default."""
+        """End the flow: `stage` is out of reach or refused, this one by default."""
         if not self._ended:
             self._put(failure_to(self.route.stage if stage is None else stage, error))
             self._ended = True

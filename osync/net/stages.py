@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from typing import Any, Final
 
 from osync import errors
@@ -13,10 +14,10 @@ from osync.pb import shard_pb2 as pb
 MAX_STAGES: Final = 64
 MAX_IN_FLIGHT: Final = 256
 _DTYPES: Final = ("f32", "f16", "q8")
-_ORDER: Final = ("pipeline", "owner", "model", "digest", "size", "first", "last", "layers")
+_ORDER: Final = ("pipeline", "owner", "model", "digest", "size", "first", "last", "layers", "standby")
 _SETTINGS: Final = tuple(field.name for field in dataclasses.fields(StageSettings))
 _REPORT: Final = tuple(field.name for field in dataclasses.fields(StageReport) if field.name != "state")
-_ROUTE: Final = tuple(field.name for field in dataclasses.fields(Route) if field.name != "addresses")
+_ROUTE: Final = tuple(field.name for field in dataclasses.fields(Route) if field.name not in ("addresses", "cuts"))
 
 
 def _pick(source: object, names: tuple[str, ...]) -> dict[str, Any]:
@@ -59,30 +60,33 @@ def report_from(source: pb.StageReport) -> StageReport:
 
 def route_to(route: Route) -> pb.FlowUp:
     """Write a route as the first message of a flow."""
-    return pb.FlowUp(route=pb.Route(addresses=route.addresses, **_pick(route, _ROUTE)))
+    return pb.FlowUp(route=pb.Route(addresses=route.addresses, cuts=route.cuts, **_pick(route, _ROUTE)))
 
 
 def route_from(message: pb.FlowUp) -> Route:
     """Read a route. Raises WireError."""
     if not message.HasField("route"):
         raise WireError("the first message of a flow must be its route")
-    route = Route(addresses=tuple(message.route.addresses), **_pick(message.route, _ROUTE))
+    addresses, cuts = tuple(message.route.addresses), tuple(message.route.cuts)
+    route = Route(addresses=addresses, cuts=cuts, **_pick(message.route, _ROUTE))
     if not route.pipeline or not 0 < len(route.addresses) <= MAX_STAGES or route.stage >= len(route.addresses):
         raise WireError("a route lacks its pipeline, or stages")
+    if cuts and (len(cuts) != len(addresses) + 1 or any(a >= b for a, b in pairwise(cuts))):
+        raise WireError("a route's cuts are not those of its stages")
     if route.activation_dtype not in _DTYPES or not 0 < route.in_flight <= MAX_IN_FLIGHT:
         raise WireError("a route's activation type or number of frames in flight is unknown")
     return route
 
 
 def failure_to(stage: int, error: OsyncError) -> pb.FlowDown:
-    """Write why an arrow is of no use any more."""
+    """Write why an arrow is of no use any more; `stage` is out of reach, or refused."""
     failure = pb.FlowFailure(stage=stage, error=str(error) or "unknown error", error_kind=type(error).__name__)
     return pb.FlowDown(failure=failure)
 
 
-def failure_from(source: pb.FlowFailure) -> OsyncError:
-    """Read why an arrow broke; a kind that this version does not know is UpstreamUnavailable."""
+def failure_from(source: pb.FlowFailure) -> tuple[OsyncError, int]:
+    """Read why an arrow broke, and at which stage; a kind that this version does not know is UpstreamUnavailable."""
     kind = getattr(errors, source.error_kind, None)
     if not (isinstance(kind, type) and issubclass(kind, OsyncError)):
         kind = UpstreamUnavailable
-    return kind(source.error)
+    return kind(source.error), source.stage

@@ -33,6 +33,7 @@ class HoldRequest(_message.Message):
     LAYERS_FIELD_NUMBER: _builtins.int
     SETTINGS_FIELD_NUMBER: _builtins.int
     SOURCES_FIELD_NUMBER: _builtins.int
+    STANDBY_FIELD_NUMBER: _builtins.int
     pipeline: _builtins.str
     """the coordinator's name for it, unique"""
     owner: _builtins.str
@@ -48,6 +49,8 @@ class HoldRequest(_message.Message):
     last: _builtins.int
     layers: _builtins.int
     """of the whole model"""
+    standby: _builtins.bool
+    """held in reserve: given up where a stage that is used needs the memory"""
     @_builtins.property
     def settings(self) -> Global___StageSettings: ...
     @_builtins.property
@@ -67,10 +70,11 @@ class HoldRequest(_message.Message):
         layers: _builtins.int = ...,
         settings: Global___StageSettings | None = ...,
         sources: _abc.Iterable[_builtins.str] | None = ...,
+        standby: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "first", b"first", "last", b"last", "layers", b"layers", "model", b"model", "owner", b"owner", "pipeline", b"pipeline", "settings", b"settings", "size", b"size", "sources", b"sources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "first", b"first", "last", b"last", "layers", b"layers", "model", b"model", "owner", b"owner", "pipeline", b"pipeline", "settings", b"settings", "size", b"size", "sources", b"sources", "standby", b"standby"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -276,6 +280,7 @@ class Route(_message.Message):
     RETURNS_TOKENS_FIELD_NUMBER: _builtins.int
     ACTIVATION_DTYPE_FIELD_NUMBER: _builtins.int
     IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    CUTS_FIELD_NUMBER: _builtins.int
     pipeline: _builtins.str
     epoch: _builtins.int
     stage: _builtins.int
@@ -292,6 +297,10 @@ class Route(_message.Message):
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """host:port of all stages, in order"""
 
+    @_builtins.property
+    def cuts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """stage i has layers [cuts[i], cuts[i + 1]); tells stages of one shard apart"""
+
     def __init__(
         self,
         *,
@@ -303,10 +312,11 @@ class Route(_message.Message):
         returns_tokens: _builtins.bool = ...,
         activation_dtype: _builtins.str = ...,
         in_flight: _builtins.int = ...,
+        cuts: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_dtype", b"activation_dtype", "addresses", b"addresses", "epoch", b"epoch", "in_flight", b"in_flight", "pipeline", b"pipeline", "returns_tokens", b"returns_tokens", "stage", b"stage", "wants_outcomes", b"wants_outcomes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_dtype", b"activation_dtype", "addresses", b"addresses", "cuts", b"cuts", "epoch", b"epoch", "in_flight", b"in_flight", "pipeline", b"pipeline", "returns_tokens", b"returns_tokens", "stage", b"stage", "wants_outcomes", b"wants_outcomes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -352,7 +362,7 @@ class FlowFailure(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     ERROR_KIND_FIELD_NUMBER: _builtins.int
     stage: _builtins.int
-    """where it happened"""
+    """that is out of reach, or refused: the later one of the arrow that broke"""
     error: _builtins.str
     error_kind: _builtins.str
     """class of osync.errors"""

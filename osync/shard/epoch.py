@@ -13,7 +13,7 @@ import structlog
 
 from osync.core.stages import Route
 from osync.engine import frame_codec
-from osync.engine.frame import SAMPLED, Frame, Outcome, Rows
+from osync.engine.frame import SAMPLED, Frame, Outcome, Rows, Truncate
 from osync.engine.layers import Part
 from osync.engine.stage import Limits
 from osync.errors import CapacityError, OsyncError, StageLost, WireError
@@ -118,15 +118,17 @@ class Epoch:
         if onward is not None:
             self._next = Arrow(onward, broke=self.fail)
 
-    def fail(self, error: OsyncError) -> None:
-        """End the epoch here, and tell everybody who is connected."""
+    def fail(self, error: OsyncError, stage: int | None = None) -> None:
+        """End the epoch here, and tell everybody who is connected: `stage` is to blame, this one by default."""
         if self._failed is not None:
             return
         self._failed = error
         self._queue.clear()
         for down in (self._source, self._returns, self._ear):
             if down is not None:
-                down.fail(error)
+                down.fail(error, stage)
+        if self._next is not None:
+            self._tasks.spawn("cut", self._next.close())
         self._wake.set()
 
     async def close(self) -> None:
@@ -146,6 +148,8 @@ class Epoch:
             raise WireError(f"frame {frame.number} came, not {self._expected}")
         if len(self._queue) >= self._route.in_flight:
             raise CapacityError("more frames came than may be in flight")
+        if self._failed is not None:
+            return
         self._expected += 1
         self._work.taken = frame.number
         self._queue.append(frame)
@@ -170,6 +174,9 @@ class Epoch:
 
     async def _run(self) -> None:
         try:
+            # What the epoch before left in the KV caches is of no use to anybody.
+            sequences = self._evaluator.limits.sequences
+            await self._evaluator.evaluate(Frame((), tuple(Truncate(s, 0) for s in range(sequences))), None)
             while self._failed is None:
                 if not self._queue:
                     self._wake.clear()
@@ -183,11 +190,15 @@ class Epoch:
                     frame = resolved
                 self._queue.popleft()
                 await self._evaluate(frame)
-                self._work.done = frame.number
+                if self._failed is None:
+                    self._work.done = frame.number
                 if self._source is not None:
                     self._source.taken(frame.number)
         except OsyncError as error:
             self.fail(error)
+        except Exception as error:  # whatever it was, the neighbours have to hear of it
+            log.error("epoch_failed", pipeline=self._route.pipeline, stage=self._route.stage, exc_info=error)
+            self.fail(StageLost(f"stage {self._route.stage} broke: {error!r}"))
 
     async def _resolve(self, frame: activation.Frame) -> activation.Frame | None:
         """Put the tokens that were sampled last where the frame asks for them; None once the epoch has failed.

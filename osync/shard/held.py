@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -42,8 +42,8 @@ class Host:
     find: Callable[[str], Path | None]
     """The whole model's file on this host, by its digest's 64 hexadecimal digits."""
     slices: SliceCache
-    reserve: Callable[[Held, int], None]
-    """Promise memory to a stage, in bytes. Raises CapacityError."""
+    reserve: Callable[[Held, int], Awaitable[None]]
+    """Promise memory to a stage, in bytes, once it is there. Raises CapacityError."""
     load: LoadSettings
     threads: int
     engine: str
@@ -60,6 +60,10 @@ class Held:
         self.progress = 0.0
         self.leases = 0
         """Calls that hold it; without one it is kept a little for the next epoch."""
+        self.releases = 0
+        """How often the last lease ended."""
+        self.is_standby = order.standby
+        """True until a pipeline uses it: its memory is for whoever needs it more."""
         self.work = Work()
         self._host = host
         self._error = ""
@@ -116,16 +120,25 @@ class Held:
             raise StageLost(f"epoch {route.epoch} of the pipeline is over: {epoch.number} has begun")
         if epoch is None or route.epoch > epoch.number:
             if epoch is not None:
+                epoch.fail(StageLost(f"epoch {route.epoch} of the pipeline has begun"))
                 self._tasks.spawn("close_epoch", epoch.close())
             epoch = self._epoch = Epoch(route, stage, self.work)
+            if self.is_standby:
+                self.is_standby = False
+                self._host.changed()
         return epoch.open(route, down)
+
+    def give_up(self, reason: str) -> None:
+        """Tell whoever holds it that it is no more; `close` follows."""
+        self._error = reason
+        self._change(StageState.FAILED)
 
     async def close(self) -> None:
         """Free everything."""
         self._over.set()
-        await self._tasks.close()
-        if self._epoch is not None:
+        if self._epoch is not None:  # first: it evaluates
             await self._epoch.close()
+        await self._tasks.close()
 
     async def _hold(self) -> None:
         """Load the stage, and free it at the end, whatever ends it."""
@@ -142,10 +155,10 @@ class Held:
                 finally:
                     self._stage = None
                     await stage.close()
-        except OsyncError as error:
-            self._error = str(error)
+        except Exception as error:  # whatever it was, whoever holds it has to hear of it
+            self._error = str(error) if isinstance(error, OsyncError) else repr(error)
             log.warning("stage_failed", model=self.order.model, first=self.order.first, last=self.order.last,
-                        error=self._error)  # fmt: skip
+                        error=self._error, exc_info=None if isinstance(error, OsyncError) else error)  # fmt: skip
             self._change(StageState.FAILED)
 
     def _change(self, state: StageState) -> None:
@@ -160,7 +173,7 @@ class Held:
         own = host.find(order.digest.removeprefix("sha256:"))
         if own is not None:
             header = await asyncio.to_thread(read_header, own)
-            self._account(header)
+            await self._account(header)
             if (order.first, order.last) == (0, header.block_count):
                 yield own
                 return
@@ -168,9 +181,13 @@ class Held:
                 yield path
             return
         kept = await asyncio.to_thread(host.slices.find, order.digest.removeprefix("sha256:"), order.first, order.last)
-        if kept is not None:
+        kept_header = await asyncio.to_thread(_whole_header, kept.path) if kept is not None else None
+        if kept is not None and kept_header is None:
+            log.warning("slice_damaged", file=kept.path.name)
+            await host.slices.discard(kept)
+        if kept is not None and kept_header is not None:
             # Written whole and checked before: what it weighs stands in its own header.
-            self._reserve(kept.size_bytes, await asyncio.to_thread(read_header, kept.path))
+            await self._reserve(kept.size_bytes, kept_header)
             async with host.slices.hold(kept) as path:
                 yield path
             return
@@ -178,7 +195,7 @@ class Held:
             raise ModelUnusable(f"{order.model} is not on this host, and no daemon that has it was named")
         async with BlobReader(order.digest, order.sources) as reader:
             header, _ = await fetch_header(reader.read, await reader.size(), order.model)
-            self._account(header)
+            await self._account(header)
 
             async def read(offset: int, length: int) -> bytes:
                 data = await reader.read(offset, length)
@@ -208,17 +225,17 @@ class Held:
         async with self._host.slices.use(digest, plan, read, progress=progress) as path:
             yield path
 
-    def _account(self, header: GGUFHeader) -> None:
+    async def _account(self, header: GGUFHeader) -> None:
         """Promise the memory that the stage will take, from the whole model's header."""
         order = self.order
         if header.block_count != order.layers:
             raise ModelUnusable(f"{order.model} has {header.block_count} layers, not {order.layers}")
         costs = layer_costs(header)
         weights = costs.stage_bytes(order.first, order.last)
-        self._promise(weights, self._cells_bytes(header))
+        await self._promise(weights, self._cells_bytes(header))
 
-    def _reserve(self, weights: int, header: GGUFHeader) -> None:
-        self._promise(weights, self._cells_bytes(header, whole=False))
+    async def _reserve(self, weights: int, header: GGUFHeader) -> None:
+        await self._promise(weights, self._cells_bytes(header, whole=False))
 
     def _cells_bytes(self, header: GGUFHeader, whole: bool = True) -> int:
         order, settings = self.order, self.order.settings
@@ -228,10 +245,10 @@ class Held:
         one = sum(costs.cache_bytes(layer, settings.context_length, value_bytes) for layer in layers)
         return one * settings.sequences
 
-    def _promise(self, weights: int, kv: int) -> None:
+    async def _promise(self, weights: int, kv: int) -> None:
         self._weights, self._kv = weights, kv
         self.size_bytes = weights + kv
-        self._host.reserve(self, self.size_bytes)
+        await self._host.reserve(self, self.size_bytes)
 
     def _context(self, model: Model, part: Part) -> ContextSettings:
         """Return what the order asks for. Raises ModelUnusable if the file is not the ordered part."""
@@ -247,6 +264,16 @@ class Held:
             kv_type=wanted.kv_type,
             unified=wanted.unified,
         )
+
+
+def _whole_header(path: Path) -> GGUFHeader | None:
+    """Return a slice's header; None where it is damaged, or the file ends before its tensors do; blocking."""
+    try:
+        header = read_header(path)
+        end = max((tensor.offset + tensor.size_bytes for tensor in header.tensors), default=0)
+        return header if header.header_bytes + end <= path.stat().st_size else None
+    except (ModelUnusable, OSError):
+        return None
 
 
 def _file_read(path: Path) -> Read:

@@ -65,10 +65,6 @@ class Bare:
         count = api.llama_tokenize(self.vocabulary, raw, len(raw), buffer, len(buffer), True, True)
         return list(buffer[:count])
 
-    def do_size(self) -> int:
-        """Return the bytes of the model's weights."""
-        return int(api.llama_model_size(self.model))
-
     def do_kv(self) -> int:
         """Return the bytes that one token takes in an f16 KV cache."""
         heads = api.llama_model_n_head_kv(self.model)

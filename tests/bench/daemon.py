@@ -29,6 +29,24 @@ class Counts:
         self.calls = dict.fromkeys(TIMED.values(), 0)
         self.spent_ns = dict.fromkeys(TIMED.values(), 0)
         self.lag = LoopLag()
+        self.cells: dict[int, int] = {}
+        """Of the KV cache of each context that is there."""
+
+    def watch_contexts(self, api: Any) -> None:
+        """Know how large a KV cache each context was given."""
+        make, free = api.llama_init_from_model, api.llama_free
+
+        def made(*arguments: Any) -> Any:
+            context = make(*arguments)
+            if context:
+                self.cells[context] = api.llama_n_ctx(context)
+            return context
+
+        def freed(context: Any) -> None:
+            self.cells.pop(context, None)
+            free(context)
+
+        api.llama_init_from_model, api.llama_free = made, freed
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a C function; its time includes waiting for the GIL afterwards."""
@@ -47,6 +65,7 @@ class Counts:
         """Write and start anew."""
         lag = self.lag
         body = {"calls": self.calls, "spent_ns": self.spent_ns, "lag": lag.counts, "lag_most_s": lag.most_s}
+        body["cells"] = sum(self.cells.values())
         new = path.with_suffix(".new")
         new.write_text(json.dumps(body))
         new.rename(path)
@@ -68,6 +87,7 @@ class Probed(run.Daemon):
 
             for name, short in TIMED.items():
                 setattr(api, name, counts.timed(short, getattr(api, name)))
+            counts.watch_contexts(api)
         await super().start()
         path = Path(os.environ["BENCH_PROBE"])
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, counts.report, path)

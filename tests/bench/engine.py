@@ -200,15 +200,13 @@ async def against_bare(cluster: Osync, bare: Bare, model: Path, count: int, leng
         await current.prompt(length, f"prompt {number}")
         await current.conversation(length, f"talk {number}")
         print(f"round {number + 1} of {rounds}", {k: round(v[-1], 2) for k, v in current.figures.items()}, flush=True)
-    loaded = cluster.proxy.get("/api/ps")["models"][0]
-    # What the node says it holds beside the weights: the sequences' cells, and those of kept prefixes.
-    kv = loaded["size"] - bare.do("size")
-    least = bare.do("kv") * loaded["context_length"] * STREAMS
+    cells, token = cluster.probe(cluster.node)["cells"], bare.do("kv")
+    kv = token * cells
     rss, mapped = cluster.memory(model)
     overhead = (rss - mapped - kv) / (1 << 20)
     parts = (f"memory of the node: {rss >> 20} MiB resident, {mapped >> 20} of them the file's pages "
-             f"(file: {model.stat().st_size >> 20}), KV cache {kv >> 20}, {least >> 20} of it for {STREAMS} sequences "
-             "and the rest for kept prefixes")  # fmt: skip
+             f"(file: {model.stat().st_size >> 20}), KV cache {kv >> 20} "
+             f"({cells} tokens); what it keeps of ended answers beside that counts as overhead")  # fmt: skip
     return report(bench, overhead, parts)
 
 

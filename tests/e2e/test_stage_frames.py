@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from osync.engine.frame import Close, Copy, Frame, Open, Operation, Rows, Truncate
+from osync.engine.frame import SAMPLED, Close, Copy, Frame, Open, Operation, Rows, Truncate
 from osync.engine.llama import ContextSettings
 from osync.engine.sampling import SamplingOptions
 from osync.engine.stage import LocalStage
@@ -84,7 +85,8 @@ async def test_sequences_in_one_frame_are_sampled_each_by_its_own(stage: LocalSt
         ((Rows(0, 0, ()),), ()),
         ((Rows(0, -1, (1,)),), ()),
         ((Rows(0, 0, (49152,)),), ()),
-        ((Rows(0, 0, (-1,)),), ()),
+        ((Rows(0, 0, (-2,)),), ()),
+        ((Rows(0, 0, (1, -1)),), ()),
         ((Rows(0, 0, (1,) * 65),), ()),
         ((Rows(0, 250, (1,) * 10),), ()),
         ((Rows(0, 0, (1,), sample=2),), ()),
@@ -110,3 +112,31 @@ async def test_a_closed_stage_refuses(stage: LocalStage):
     await stage.close()
     with pytest.raises(ModelError, match="unloaded"):
         await stage.evaluate(Frame())
+
+
+async def test_a_row_may_wait_for_the_token_that_the_frame_before_samples(stage: LocalStage):
+    text = (1, 2, 3)
+    await stage.evaluate(Frame(operations=(Truncate(0, 0), Open(0, GREEDY))))
+    known = [await stage.evaluate(Frame((Rows(0, 0, text, sample=1),)))]
+    for position in range(3, 6):
+        known.append(await stage.evaluate(Frame((Rows(0, position, known[-1].sampled[0], sample=1),))))
+    await stage.evaluate(Frame(operations=(Truncate(0, 0), Open(0, GREEDY))))
+    ahead = [Rows(0, 0, text, sample=1), *(Rows(0, position, (SAMPLED,), sample=1) for position in range(3, 6))]
+    outcomes = await asyncio.gather(*(stage.evaluate(Frame((rows,))) for rows in ahead))
+    assert [o.sampled for o in outcomes] == [o.sampled for o in known]
+
+
+async def test_a_row_whose_token_was_never_sampled_is_undone(stage: LocalStage):
+    await stage.evaluate(Frame(operations=(Truncate(0, 0), Open(0, GREEDY))))
+    await stage.evaluate(Frame((Rows(0, 0, (1, 2)),)))
+    outcome = await stage.evaluate(Frame((Rows(0, 2, (SAMPLED,), sample=1),)))
+    assert outcome.undone == {0: 2}
+
+
+async def test_an_abort_ends_what_waits_too(stage: LocalStage):
+    await stage.evaluate(Frame(operations=(Truncate(0, 0), Truncate(1, 0))))
+    both = [asyncio.create_task(stage.evaluate(Frame((Rows(n, 0, (1,) * 60),)))) for n in (0, 1)]
+    await asyncio.sleep(0)
+    stage.abort()
+    assert [task.undone for task in await asyncio.gather(*both)] == [{0: 0}, {1: 0}]
+    assert (await stage.evaluate(Frame((Rows(0, 0, (1, 2)),)))).undone is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from osync.backend.engine.runner import EngineLibrary
 from osync.backend.pipelines import PipelineNode
@@ -13,7 +13,7 @@ from osync.coordinator.placement import ModelSource, ShardPeer
 from osync.coordinator.runner import RunnerSettings
 from osync.core.plan import NoPlan, Plan
 from osync.core.stages import StageReport, StageState
-from osync.errors import OsyncError
+from osync.errors import ModelUnusable, OsyncError
 from osync.types import BackendState, HostLoad, ModelInfo, NodeId, NodeState, ShardState
 from tests.fakes.cluster import Proxy, ScriptedNode
 from tests.integration.test_engine_backend import FakeEngine, FakeRunner
@@ -63,6 +63,7 @@ class FakeCoordinator:
         self.engine = FakeEngine()
         self.loaded: list[tuple[ModelSource, RunnerSettings, FakeRunner]] = []
         self.error: OsyncError | None = None
+        self.holds_one = False
         self.plans = 0
 
     def plan(self, model: ModelSource, settings: RunnerSettings) -> Plan | NoPlan:
@@ -72,6 +73,8 @@ class FakeCoordinator:
     async def load(self, model: ModelSource, settings: RunnerSettings) -> FakeRunner:
         if self.error:
             raise self.error
+        if self.holds_one and any(not runner.closed for _, _, runner in self.loaded):
+            raise ModelUnusable("there is no room beside the other pipeline")
         runner = await self.engine.load(model.vocabulary, settings)
         self.loaded.append((model, settings, runner))
         return runner
@@ -101,7 +104,6 @@ class Split:
     node: PipelineNode
     coordinator: FakeCoordinator
     planner: FakeCoordinator
-    extra: dict[str, object] = field(default_factory=dict)
 
 
 async def split(proxy: Proxy, settings: Settings) -> Split:
@@ -118,4 +120,5 @@ async def split(proxy: Proxy, settings: Settings) -> Split:
     node.store.scan()
     await node.start()
     proxy.gateway.context.pipelines = node
-    return Split(proxy, node, *made)
+    coordinator, planner = made
+    return Split(proxy, node, coordinator, planner)

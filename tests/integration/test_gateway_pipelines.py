@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from osync.config import Settings
 from osync.errors import ModelUnusable
+from osync.types import NodeState, ShardState
 from tests.fakes.architectures import write_model
 from tests.fakes.cluster import ScriptedNode, proxy
 from tests.fakes.split import Shard, Sized, Split, split
@@ -257,3 +259,65 @@ async def test_the_plan_is_told(tmp_path, models):
         for query, status in (("", 400), ("?model=none", 404), ("?model=big&stages=x", 400)):
             async with client.get("/api/plan" + query) as answer:
                 assert answer.status == status
+
+
+async def test_an_idle_pipeline_makes_room_for_another(tmp_path, models):
+    write_model(models / "other.gguf", "llama", 3, vocabulary="gpt2")
+    async with cluster(tmp_path, Shard("s1"), Shard("s2")) as made:
+        made.coordinator.holds_one = True
+        assert (await ask(made))[0] == 200
+        assert (await ask(made, model="other"))[0] == 200
+        assert [runner.closed for _, _, runner in made.coordinator.loaded] == [True, False]
+
+
+async def test_a_pipeline_is_among_the_models_of_the_status(tmp_path, models):
+    async with cluster(tmp_path, Sized("a", models=("big:latest",)), Shard("s1"), Shard("s2")) as made:
+        await ask(made, options={"distributed": True})
+        async with made.proxy.client.get("/api/status") as answer:
+            rows = {row["name"]: row for row in (await answer.json())["osync"]["models"]}
+    assert [host["node_id"] for host in rows["big:latest"]["hosts"]] == ["a"]
+    assert rows["big:latest"]["loaded_on"] == [PIPELINES]
+    assert [host["node_id"] for host in rows["big:f32"]["hosts"]] == [PIPELINES]
+
+
+async def test_the_plan_of_a_small_model_says_that_a_node_serves_it(tmp_path, models):
+    async with cluster(tmp_path, Sized("a", models=("big:latest",)), Shard("s1"), Shard("s2")) as made:
+        await ask(made, options={"distributed": True})
+        async with made.proxy.client.get("/api/plan?model=big") as answer:
+            told = await answer.json()
+        assert (told["decision"]["is_split"], told["decision"]["node"]) == (False, "a")
+        assert told["plan"]["stages"]
+
+
+async def test_what_is_plain_is_looked_at_again_when_a_nodes_models_change(tmp_path, models):
+    node = Sized("a", models=("big:latest",))
+    async with cluster(tmp_path, node, Shard("s1"), Shard("s2")) as made:
+        assert (await ask(made))[2] == "a"
+        node.models = ()
+        assert (await ask(made))[2] == PIPELINES
+        node.models = ("big:latest",)
+        assert (await ask(made))[2] == "a"
+
+
+class Slow(Sized):
+    """A node that is a shard too, and was measured to be slow."""
+
+    def state(self) -> NodeState | None:
+        state = super().state()
+        return state and replace(state, shard=ShardState("llama 1", s_per_byte=self.s_per_byte))
+
+    s_per_byte = 1e-6
+
+
+async def test_a_large_model_is_split_where_that_is_faster(tmp_path, models):
+    node = Slow("a", models=("big:latest",), parameters="138K")
+    shards = Shard("s1"), Shard("s2")
+    async with cluster(tmp_path, node, *shards, distributed_threshold="100K") as made:
+        assert (await ask(made))[2] == PIPELINES
+    async with cluster(tmp_path, node, *shards, distributed_threshold="1M") as made:
+        assert (await ask(made))[2] == "a"
+        assert made.planner.plans == 0
+    node.s_per_byte = 1e-12
+    async with cluster(tmp_path, node, *shards, distributed_threshold="100K") as made:
+        assert (await ask(made))[2] == "a"
+        assert made.planner.plans == 1

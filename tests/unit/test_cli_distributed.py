@@ -103,7 +103,7 @@ def test_status_shows_shards_and_pipelines(capsys):
     stage = {"hostname": "h1", "first": 0, "last": 16, "state": "ready", "weight_bytes": 3e9, "kv_bytes": 1e9,
              "frame_busy_s": 0.03, "frame_wire_s": 0.001, "queued": 2}  # fmt: skip
     pipeline = {"name": "p", "model": "big:70b", "size": 8e9, "tokens_per_s": 4.25, "active": 1, "queued": 0,
-                "recoveries": 1, "stages": [stage, {"address": "h2:1", "first": 16, "last": 32}], "error": ""}  # fmt: skip
+                "recoveries": 1, "stages": [stage, {"address": "h2:1", "first": 16, "last": 32}]}  # fmt: skip
     print_status(StatusResponse.of({"nodes": [], "shards": [shard, down], "pipelines": [pipeline]}))
     out = capsys.readouterr().out
     assert "h1:50052  up" in out

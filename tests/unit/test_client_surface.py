@@ -27,8 +27,8 @@ def test_both_clients_have_the_same_methods_and_parameters():
 
 def test_what_the_clients_are_documented_to_have():
     assert set(methods(OllamaClient)) == {
-        "__init__", "chat", "close", "copy", "create", "delete", "embed", "generate", "list", "plan", "ps", "pull", "push",
-        "show", "status", "version",
+        "__init__", "chat", "close", "copy", "create", "delete", "embed", "generate", "list", "plan", "ps", "pull",
+        "push", "show", "status", "version",
     }  # fmt: skip
     for cls in (AsyncOllamaClient, OllamaClient, asynchronous.AsyncStream, synchronous.Stream):
         for name, member in inspect.getmembers(cls, inspect.isfunction):

@@ -304,6 +304,14 @@ class Table:
                 victim.changed.clear()
                 self._idle(victim)
 
+    def put_away_idle(self) -> None:
+        """Unload what nobody uses, whatever its lifetime."""
+        for slot in list(self._slots.values()):
+            if slot.runner is not None and not slot.users and not slot.is_closing:
+                log.info("model_evicted", model=slot.model.info.name)
+                slot.is_closing = True
+                self._idle(slot)
+
     def template(self, slot: Slot, model: StoredModel) -> ChatTemplate:
         """Return the template of one of the names that share a slot's file."""
         found = slot.templates.get(model.template)

@@ -27,6 +27,8 @@ ROOM_S: Final = 8.0
 """How long a load waits for memory that pipelines which have just ended give back: shards keep stages some
 seconds for the next epoch."""
 _AGAIN_S: Final = 0.25
+_SLACK: Final = 1 << 30
+"""The table's estimate is for one host: whether a model fits, the plan decides, shard by shard."""
 
 
 class Coordinates(Protocol):
@@ -72,7 +74,7 @@ class PipelineBackend(EngineBackend):
             own,
             load=self._open,
             probe=probe or partial(_probe, settings),
-            available_memory=lambda: sum(shard.lends.memory_free for shard in shards.up()),
+            available_memory=lambda: _SLACK + sum(shard.lends.memory_free for shard in shards.up()),
             store=models.local,
         )
         self._owns_store = owns_store
@@ -109,6 +111,7 @@ class PipelineBackend(EngineBackend):
             except ModelUnusable:
                 if time.monotonic() >= until or isinstance(self._planner.plan(source, settings), NoPlan):
                     raise
+            self._table.put_away_idle()
             await asyncio.sleep(_AGAIN_S)
 
 
