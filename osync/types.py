@@ -154,7 +154,7 @@ class HeldStage:
     layers: int
     size: int = 0
     state: str = ""
-    """waiting, fetching, loading, ready, failed or retained."""
+    """waiting, fetching, loading, ready, failed, retained or standby: the last two yield to who needs the memory."""
     progress: float = 0.0
     """Of fetching, 0 to 1."""
 
@@ -167,7 +167,7 @@ class ShardState:
     """Version of llama.cpp: stages of one pipeline need the same."""
     memory: int = 0
     memory_free: int = 0
-    """Not held by stages."""
+    """Not held by stages that are used."""
     s_per_byte: float = 0.0
     """Measured time that a byte of weights takes in the evaluation of one token."""
     digests: tuple[str, ...] = ()

@@ -32,7 +32,9 @@ class RunningShard:
 
     def peer(self) -> ShardPeer:
         """Return it as a coordinator sees it."""
-        state = NodeState(NodeId(f"node-{self.address}"), BackendState("none"), roles=("shard",))
+        state = NodeState(
+            NodeId(f"node-{self.address}"), BackendState("none"), roles=("shard",), draining=self.role.is_draining
+        )
         return ShardPeer(self.address, replace(state, shard=self.role.state()))
 
     async def stop(self) -> None:

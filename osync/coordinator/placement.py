@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from osync.coordinator.pipeline import Placed
+from osync.coordinator.pipeline import Placed, Remains
 from osync.core.plan import Layer, Link, Network, NoPlan, Plan, Shape, Shard, Wish
 from osync.core.planner import make_plan
 from osync.core.stages import StageOrder, StageSettings
@@ -20,6 +20,8 @@ RESERVE = 64 << 20
 """Bytes of compute buffers that a stage takes beside weights and KV cache, roughly."""
 OVERHEAD_S = 0.001
 """Of each stage for each token: queue, callback, message."""
+YIELDING = ("retained", "standby")
+"""States of held stages whose memory is free for whoever needs it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,20 +92,44 @@ def shape(model: ModelSource, settings: StageSettings) -> Shape:
 
 
 def plan(demand: Demand, peers: Sequence[ShardPeer], *, without: Collection[str] = (), mine: str = "") -> Plan | NoPlan:
-    """Cut a model over the shards that are left; `mine` is the pipeline whose own stages may be given up for it."""
-    usable = [peer for peer in peers if peer.address not in without and not peer.state.draining and peer.lends.engine]
-    if demand.shards:
-        usable = [peer for peer in usable if peer.is_called(demand.shards)]
+    """Cut a model over the shards that are left; `mine` is the pipeline whose own stages may be given up for it.
+
+    Only shards with the same version of llama.cpp serve together.
+    """
+    usable = [peer for peer in peers if peer.address not in without and _lends(demand, peer)]
+    engines = sorted({peer.lends.engine for peer in usable})
+    groups = [[peer for peer in usable if peer.lends.engine == engine] for engine in engines] or [[]]
+    found = [_plan(demand, group, mine) for group in groups]
+    plans = [plan for plan in found if isinstance(plan, Plan)]
+    if plans:
+        return min(plans, key=lambda plan: plan.bottleneck_s if plan.objective == "throughput" else plan.token_s)
+    best = max((plan for plan in found if isinstance(plan, NoPlan)), key=lambda plan: plan.lent_bytes)
+    if len(engines) == 1 or not engines:
+        return best
+    versions = ", ".join(engines)
+    return replace(
+        best,
+        reason=f"{best.reason}; shards with different versions of llama.cpp ({versions}) cannot serve together: "
+        "install the same version on all",
+    )
+
+
+def _lends(demand: Demand, peer: ShardPeer) -> bool:
+    is_wanted = not demand.shards or peer.is_called(demand.shards)
+    return is_wanted and not peer.state.draining and bool(peer.lends.engine)
+
+
+def _plan(demand: Demand, peers: Sequence[ShardPeer], mine: str) -> Plan | NoPlan:
     shards = [
         Shard(
             peer.address,
-            peer.lends.memory_free + sum(s.size for s in peer.lends.stages if mine and s.pipeline == mine),
+            peer.lends.memory_free + _given_up(peer, mine),
             peer.lends.s_per_byte or 1e-9,
             reserve_bytes=RESERVE if peer.lends.memory > 4 * RESERVE else 0,
         )
-        for peer in usable
+        for peer in peers
     ]
-    trips = {peer.address: peer.round_trip_s for peer in usable}
+    trips = {peer.address: peer.round_trip_s for peer in peers}
     # Between two shards: no round trip is measured, and it is about that to the farther one.
     links = {(a, b): Link(max(trips[a], trips[b])) for a in trips for b in trips if a < b}
     settings = demand.settings
@@ -120,68 +146,126 @@ def plan(demand: Demand, peers: Sequence[ShardPeer], *, without: Collection[str]
     return make_plan(shape(demand.model, settings), shards, Network(links), wish)
 
 
+def _given_up(peer: ShardPeer, pipeline: str) -> int:
+    """Return the bytes that a shard has for the pipeline once its stages are given up, beside what is free anyway."""
+    if not pipeline:
+        return 0
+    return sum(s.size for s in peer.lends.stages if s.pipeline == pipeline and s.state not in YIELDING)
+
+
 def place(
     demand: Demand,
     peers: Sequence[ShardPeer],
+    remains: Remains,
     *,
     pipeline: str,
     owner: str,
-    failed: Collection[str] = (),
-    held: Sequence[Placed] = (),
+    without: Collection[str] = (),
 ) -> list[Placed]:
-    """Return the stages and their shards: those still held and spare shards for the rest where that is possible,
-    else a new plan. Raises ModelUnusable with the numbers."""
-    kept = [stage for stage in held if stage.address not in failed]
-    if kept and (filled := _fill(demand, peers, kept, pipeline=pipeline, owner=owner, failed=failed)):
+    """Return the stages and their shards: those still held, with standbys and spare shards for the rest where that
+    is possible, else a new plan. Raises ModelUnusable with the numbers."""
+    kept = [stage for stage in remains.held if stage.address not in without]
+    standby = [stage for stage in remains.standby if stage.address not in without]
+    if kept and (filled := _fill(demand, peers, kept, standby, pipeline=pipeline, owner=owner, without=without)):
         return filled
-    found = plan(demand, peers, without=failed, mine=pipeline)
+    found = plan(demand, peers, without=without, mine=pipeline)
     if isinstance(found, NoPlan):
         raise ModelUnusable(f"{demand.model.name} {found.reason}")
     return [
-        Placed(stage.shard, order(demand, pipeline, owner, stage.first, stage.last)) for stage in found.stages
-    ]  # fmt: skip
+        Placed(stage.shard, order(demand, peers, pipeline, owner, stage.first, stage.last)) for stage in found.stages
+    ]
 
 
 def _fill(
-    demand: Demand, peers: Sequence[ShardPeer], kept: Sequence[Placed], *, pipeline: str, owner: str,
-    failed: Collection[str],
+    demand: Demand, peers: Sequence[ShardPeer], kept: Sequence[Placed], standby: Sequence[Placed], *, pipeline: str,
+    owner: str, without: Collection[str],
 ) -> list[Placed]:  # fmt: skip
-    """Give each gap between kept stages to a spare shard, the fastest that has room; [] where one has none."""
-    layers = demand.model.header.block_count
-    costs = layer_costs(demand.model.header)
-    value_bytes = KV_TYPES[demand.settings.kv_type][1]
-    tokens = demand.settings.context_length * demand.settings.sequences
-    busy = {stage.address for stage in kept}
-    spare = sorted(
-        (p for p in peers if p.address not in failed and p.address not in busy and not p.state.draining
-         and p.lends.engine and (not demand.shards or p.is_called(demand.shards))),
-        key=lambda peer: peer.lends.s_per_byte,
-    )  # fmt: skip
+    """Give what is between kept stages to standbys, and what then is left to spare shards, the fastest that has
+    room; [] where there is none."""
+    spare = _spare(demand, peers, kept, without)
     stages: list[Placed] = []
-    at = 0
-    for stage in sorted(kept, key=lambda stage: stage.order.first):
-        gap, at = (at, stage.order.first), stage.order.last
-        if gap[0] < gap[1]:
-            stages.append(Placed("", order(demand, pipeline, owner, *gap)))
-        stages.append(stage)
-    if at < layers:
-        stages.append(Placed("", order(demand, pipeline, owner, at, layers)))
-    filled: list[Placed] = []
-    for stage in stages:
-        if not stage.address:
-            need = costs.stage_bytes(stage.order.first, stage.order.last, tokens, value_bytes)
-            peer = next((p for p in spare if p.lends.memory_free >= need), None)
+    at, layers = 0, demand.model.header.block_count
+    for stage in (*sorted(kept, key=lambda stage: stage.order.first), None):
+        end = stage.order.first if stage else layers
+        while at < end:
+            ready = next((s for s in standby if s.order.first == at and s.order.last <= end), None)
+            if ready is not None:
+                stages.append(Placed(ready.address, replace(ready.order, standby=False)))
+                at = ready.order.last
+                continue
+            last = min((s.order.first for s in standby if at < s.order.first and s.order.last <= end), default=end)
+            need = stage_bytes(demand, at, last)
+            taken = {s.address for s in stages}
+            peer = next((p for p in spare if p.lends.memory_free >= need and p.address not in taken), None)
             if peer is None:
                 return []
-            spare.remove(peer)
-            stage = Placed(peer.address, stage.order)
-        filled.append(stage)
-    return filled
+            stages.append(Placed(peer.address, order(demand, peers, pipeline, owner, at, last)))
+            at = last
+        if stage is not None:
+            stages.append(stage)
+            at = stage.order.last
+    return stages
 
 
-def order(demand: Demand, pipeline: str, owner: str, first: int, last: int) -> StageOrder:
+def _spare(
+    demand: Demand, peers: Sequence[ShardPeer], stages: Sequence[Placed], without: Collection[str]
+) -> list[ShardPeer]:
+    """Return the shards that hold none of the stages and fit to them, the fastest first."""
+    busy = {stage.address for stage in stages}
+    engines = {peer.lends.engine for peer in peers if peer.address in busy}
+    return sorted(
+        (
+            p
+            for p in peers
+            if p.address not in busy
+            and p.address not in without
+            and _lends(demand, p)
+            and (not engines or p.lends.engine in engines)
+        ),
+        key=lambda peer: peer.lends.s_per_byte,
+    )
+
+
+def standbys(
+    demand: Demand,
+    peers: Sequence[ShardPeer],
+    stages: Sequence[Placed],
+    standby: Sequence[Placed],
+    *,
+    without: Collection[str] = (),
+) -> list[Placed]:
+    """Return the stages that spare shards should hold in reserve, one for each stage as far as memory is free: those
+    that they do already, then the largest first, where most is left. Stages of shards that leave come before all."""
+    spare = {peer.address: peer for peer in _spare(demand, peers, stages, without)}
+    leaving = {peer.address for peer in peers if peer.state.draining}
+    room = {
+        address: peer.lends.memory_free - sum(s.size for s in peer.lends.stages if s.state == "standby")
+        for address, peer in spare.items()
+    }
+    orders = {stage.order for stage in stages}
+    chosen = [stage for stage in standby if stage.address in spare and stage.order in orders]
+    covered = {stage.order for stage in chosen}
+    wanted = [(stage, stage_bytes(demand, stage.order.first, stage.order.last) + RESERVE) for stage in stages]
+    for stage, need in sorted(wanted, key=lambda entry: (entry[0].address not in leaving, -entry[1])):
+        address = max(room, key=lambda address: room[address], default="")
+        if stage.order not in covered and address and room[address] >= need:
+            room[address] -= need
+            chosen.append(Placed(address, replace(stage.order, standby=True)))
+    return chosen
+
+
+def stage_bytes(demand: Demand, first: int, last: int) -> int:
+    """Return the memory that layers [first, last) take, with their KV cache."""
+    tokens = demand.settings.context_length * demand.settings.sequences
+    return layer_costs(demand.model.header).stage_bytes(first, last, tokens, KV_TYPES[demand.settings.kv_type][1])
+
+
+def order(
+    demand: Demand, peers: Sequence[ShardPeer], pipeline: str, owner: str, first: int, last: int
+) -> StageOrder:  # fmt: skip
     """Return the order for layers [first, last)."""
     model = demand.model
+    there = [peer.address for peer in peers if model.digest in peer.lends.digests]
     return StageOrder(
         pipeline=pipeline,
         owner=owner,
@@ -192,5 +276,5 @@ def order(demand: Demand, pipeline: str, owner: str, first: int, last: int) -> S
         last=last,
         layers=model.header.block_count,
         settings=demand.settings,
-        sources=model.sources,
+        sources=tuple(dict.fromkeys((*there, *model.sources))),
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from osync.core.stages import Route
+from osync.core.stages import Route, StageOrder
 from osync.engine import frame_codec
 from osync.engine.frame import Frame, Outcome
 from osync.errors import ModelError, OsyncError, StageLost, WireError
@@ -17,45 +18,43 @@ from osync.wire import activation
 class Wiring:
     """Carries frames to the stages at `addresses` and outcomes back, in order, until something breaks.
 
-    `broke` is called once, in the loop, with the reason; then every frame under way fails with StageLost.
+    `broke` is called once, in the loop, with the reason and the stage that is out of reach or refused, where an
+    arrow says so; every frame under way fails with StageLost then.
     """
 
     def __init__(
         self,
         pipeline: str,
         epoch: int,
-        addresses: Sequence[str],
+        stages: Sequence[tuple[str, StageOrder]],
         *,
         activation_dtype: str,
         depth: int,
-        broke: Callable[[OsyncError], None],
+        broke: Callable[[OsyncError, int | None], None],
     ) -> None:
+        """`stages` are addresses with what each holds, in order."""
         self.epoch = epoch
         self.sent_bytes = 0
         self.received_bytes = 0
+        self.arrivals = 0
+        """Outcomes so far."""
+        self.submitted = 0
+        """Number of the newest frame."""
+        self.error: StageLost | None = None
+        """Why it is of no use any more."""
         self._broke = broke
-        self._number = 0
         self._flying: OrderedDict[int, asyncio.Future[Outcome]] = OrderedDict()
-        self._error: StageLost | None = None
-        self.progress = asyncio.Event()
-        """Set by every outcome; whoever watches clears it."""
-        route = Route(
+        first = Route(
             pipeline=pipeline,
             epoch=epoch,
             stage=0,
-            addresses=tuple(addresses),
+            addresses=tuple(address for address, _ in stages),
             activation_dtype=activation_dtype,
             in_flight=2 * depth,
+            cuts=(*(order.first for _, order in stages), stages[-1][1].last),
         )
-        last = Route(
-            pipeline=pipeline,
-            epoch=epoch,
-            stage=len(addresses) - 1,
-            addresses=tuple(addresses),
-            wants_outcomes=True,
-            in_flight=2 * depth,
-        )
-        self._inlet = Arrow(route, broke=self.fail)
+        last = replace(first, stage=len(stages) - 1, wants_outcomes=True)
+        self._inlet = Arrow(first, broke=self.fail)
         self._outlet = Arrow(last, broke=self.fail, outcome=self._arrived)
 
     @property
@@ -65,40 +64,45 @@ class Wiring:
 
     async def evaluate(self, frame: Frame) -> Outcome:
         """Send a frame and wait for its outcome. Raises StageLost, or what a stage failed of."""
-        if self._error is not None:
-            raise self._error
-        self._number += 1
-        number = self._number
+        if self.error is not None:
+            raise self.error
+        self.submitted += 1
+        number = self.submitted
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._flying[number] = future
         data = b"".join(activation.encode(frame_codec.to_wire(frame, self.epoch, number)))
         self.sent_bytes += len(data)
-        await self._inlet.send(number, data)
+        try:
+            await self._inlet.send(number, data)
+        except asyncio.CancelledError:
+            self.fail(StageLost("a frame was given up before it was sent"))  # the stages would wait for its number
+            raise
         return await future
 
-    def fail(self, error: OsyncError) -> None:
+    def fail(self, error: OsyncError, stage: int | None = None) -> None:
         """Take note that a stage, or the way to it, is gone."""
-        if self._error is not None:
-            return
-        self._error = StageLost(str(error))
-        flying, self._flying = self._flying, OrderedDict()
-        for future in flying.values():
-            if not future.done():
-                future.set_exception(self._error)
-                future.exception()  # also if nobody waits for it any more
-        self._broke(error)
+        if self.error is None:
+            self._end(StageLost(str(error)))
+            self._broke(error, stage)
 
     async def close(self) -> None:
         """Cut both arrows."""
-        if self._error is None:
-            self._error = StageLost("the pipeline was closed")
-        for future in self._flying.values():
-            future.cancel()
-        self._flying.clear()
+        if self.error is None:
+            self._end(StageLost("the pipeline was closed"))
         await asyncio.gather(self._inlet.close(), self._outlet.close())
+
+    def _end(self, error: StageLost) -> None:
+        self.error = error
+        flying, self._flying = self._flying, OrderedDict()
+        for future in flying.values():
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # also if nobody waits for it any more
 
     def _arrived(self, data: bytes) -> None:
         self.received_bytes += len(data)
+        if self.error is not None:
+            return
         try:
             message = activation.decode(data)
         except WireError as error:
@@ -107,11 +111,12 @@ class Wiring:
         if not isinstance(message, activation.Outcome) or message.epoch != self.epoch or not self._flying:
             self.fail(WireError("the last stage sent what is no outcome of this epoch"))
             return
-        number, future = self._flying.popitem(last=False)
+        number = next(iter(self._flying))
         if message.number != number:
             self.fail(WireError(f"the outcome of frame {message.number} came, not of {number}"))
             return
-        self.progress.set()
+        future = self._flying.pop(number)
+        self.arrivals += 1
         if future.done():
             return
         if message.error:

@@ -39,7 +39,7 @@ class StageOrder:
     last: int
     layers: int
     settings: StageSettings
-    sources: tuple[str, ...] = ()
+    sources: tuple[str, ...] = field(default=(), compare=False)
     """host:port of daemons that have the file."""
     standby: bool = field(default=False, compare=False)
     """Held in reserve: given up where a stage that is used needs the memory."""

@@ -190,6 +190,8 @@ class Daemon:
                     await self.http.stop(drain_s)
                 if self.node:
                     await self.node.idle()
+                if self.shard:
+                    await self.shard.idle()
 
     async def close(self) -> None:
         """End everything, whatever state it is in; a part that fails to end is logged."""

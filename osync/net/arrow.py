@@ -103,7 +103,8 @@ class Arrow:
                     if not reader.done():  # a write fails when the stream has ended, and the reader knows why
                         await asyncio.wait({reader}, timeout=1.0)
                     if reader.done():
-                        return reader.result()
+                        result: tuple[OsyncError, int] = reader.result()
+                        return result
                     return self._unavailable("connection closed"), self.route.stage
                 finally:
                     await tasks.close()

@@ -26,9 +26,17 @@ SILENCE_S: Final = 3.0
 
 
 class StageLease:
-    """Holds a stage on the shard at `address`. `lost` is called once, in the loop, if it ends before `close`."""
+    """Holds a stage on the shard at `address`. `lost` is called once, in the loop, if it ends before `close`;
+    `changed` whenever a report came, and at the end."""
 
-    def __init__(self, address: str, order: StageOrder, lost: Callable[[OsyncError], None]) -> None:
+    def __init__(
+        self,
+        address: str,
+        order: StageOrder,
+        lost: Callable[[OsyncError], None],
+        *,
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
         self.address = address
         self.order = order
         self.report: StageReport | None = None
@@ -38,6 +46,7 @@ class StageLease:
         self.changed_at = time.monotonic()
         """When the report last told of progress in loading."""
         self._lost = lost
+        self._changed = changed
         self._ready = asyncio.Event()
         self._closed = False
         self._tasks = Tasks(f"lease.{address}")
@@ -61,6 +70,7 @@ class StageLease:
         self._closed = True
         self.error = self.error or StageLost("the stage was given back")
         self._ready.set()
+        self._changed()
         await self._tasks.close()
 
     async def _run(self) -> None:
@@ -78,6 +88,7 @@ class StageLease:
             self._ready.set()
             log.warning("stage_lost", address=self.address, pipeline=self.order.pipeline, error=str(error))
             self._lost(error)
+            self._changed()
 
     async def _hold(self) -> OsyncError:
         async with open_channel(self.address) as channel:
@@ -98,6 +109,7 @@ class StageLease:
                         return ModelUnusable(f"shard {self.address}: {report.error}")
                     if report.state is StageState.READY:
                         self._ready.set()
+                    self._changed()
 
     def _unavailable(self, reason: str) -> UpstreamUnavailable:
         return UpstreamUnavailable(f"shard {self.address}: {reason}")

@@ -16,7 +16,7 @@ from osync.core.plan import gib
 from osync.core.stages import Route, StageOrder, StageReport, StageState
 from osync.engine.cutting import layer_costs
 from osync.engine.devices import LoadSettings
-from osync.engine.gguf import GGUFHeader, read_header
+from osync.engine.gguf import TENSOR_TYPES, GGUFHeader, read_header
 from osync.engine.header_fetch import fetch_header
 from osync.engine.layers import LayerStage, Part
 from osync.engine.llama import KV_TYPES, ContextSettings, Model
@@ -271,8 +271,12 @@ def _whole_header(path: Path) -> GGUFHeader | None:
     try:
         header = read_header(path)
         end = max((tensor.offset + tensor.size_bytes for tensor in header.tensors), default=0)
-        return header if header.header_bytes + end <= path.stat().st_size else None
-    except (ModelUnusable, OSError):
+        kind, rows, offset = (header.integer(f"osync.embedding.{name}", 0) for name in ("type", "rows", "offset"))
+        if rows:  # of the first stage, which has it beside its tensors
+            _, block, size = TENSOR_TYPES[kind]
+            end = max(end, offset + rows * header.embedding_length // block * size)
+        return header if end <= path.stat().st_size else None
+    except (ModelUnusable, OSError, LookupError):
         return None
 
 

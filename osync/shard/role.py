@@ -33,6 +33,8 @@ log = structlog.get_logger("osync.shard")
 
 RETAIN_S: Final = 5.0
 """How long a stage without a lease is kept for the pipeline's next epoch."""
+GIVE_BACK_S: Final = 2.0
+"""How long a stage waits for memory of its pipeline's own, which a message under way gives back."""
 STATE_S: Final = 1.0
 SCAN_S: Final = 2.0
 
@@ -69,6 +71,9 @@ class ShardRole:
         self._listeners: list[Callable[[], None]] = []
         self._state: ShardState | None = None
         self._draining = False
+        self._ending = 0
+        self._freed = asyncio.Event()
+        """Set whenever a lease ended, or memory came back."""
         self._tasks = Tasks("shard")
         self._host = Host(
             find=self.find,
@@ -112,7 +117,7 @@ class ShardRole:
             self._state = ShardState(
                 engine=self._engine,
                 memory=self._lends,
-                memory_free=0 if self._draining else max(0, self._lends - sum(self._promised.values())),
+                memory_free=0 if self._draining else max(0, self._lends - self._used()),
                 s_per_byte=self._speed.s_per_byte,
                 digests=tuple(sorted({model.info.digest for model in self._store.models})),
                 stages=tuple(_shown(held) for held in self._held),
@@ -126,7 +131,20 @@ class ShardRole:
     def drain(self) -> None:
         """Lend nothing more; coordinators move their stages away."""
         self._draining = True
+        for held in [held for held in self._held if held.is_standby]:
+            self._tasks.spawn("free", self._free(held, "the shard is leaving"))
         self._changed()
+
+    @property
+    def is_draining(self) -> bool:
+        """True once it lends nothing more."""
+        return self._draining
+
+    async def idle(self) -> None:
+        """Wait until no pipeline uses a stage of this shard."""
+        while any(held.leases and held.state is not StageState.FAILED for held in self._held):
+            self._freed.clear()
+            await self._freed.wait()
 
     def find(self, digest: str) -> Path | None:
         """Return the file of a model by its digest, or by that of its weights in an Ollama store."""
@@ -139,46 +157,80 @@ class ShardRole:
             held = Held(order, self._host)
             self._held.append(held)
         held.leases += 1
+        held.is_standby = held.is_standby and order.standby
         self._changed()
         try:
             async for report in held.reports():
                 yield report
         finally:
             held.leases -= 1
-            if not held.leases:
-                self._tasks.spawn("retain", self._retain(held))
+            self._freed.set()
+            if not held.leases and held in self._held:
+                held.releases += 1
+                self._tasks.spawn("retain", self._retain(held, held.releases))
+                self._changed()
 
     def open(self, route: Route, down: Downstream) -> Door:
         """Connect a flow to the newest ready stage of its pipeline. Raises StageLost."""
         for held in reversed(self._held):
-            if held.order.pipeline == route.pipeline and held.state is StageState.READY:
+            is_it = held.order.pipeline == route.pipeline and held.leases and held.state is StageState.READY
+            if is_it and route.layers in (None, (held.order.first, held.order.last)):
                 return held.open(route, down)
-        raise StageLost(f"this shard holds no stage of pipeline {route.pipeline}")
+        raise StageLost(f"this shard holds no such stage of pipeline {route.pipeline}")
 
-    async def _retain(self, held: Held) -> None:
+    async def _retain(self, held: Held, releases: int) -> None:
         if held.state is StageState.READY:
             await asyncio.sleep(RETAIN_S)
-        if not held.leases and held in self._held:
+        if not held.leases and held.releases == releases:
             await self._free(held)
 
-    async def _free(self, held: Held) -> None:
+    async def _free(self, held: Held, reason: str = "") -> None:
+        """Free a stage; where somebody holds it, they hear the reason."""
+        if held not in self._held:
+            return
         self._held.remove(held)
-        await held.close()
-        self._promised.pop(id(held), None)
+        self._ending += 1
+        if reason:
+            held.give_up(reason)
+        try:
+            await held.close()
+        finally:
+            self._ending -= 1
+            self._promised.pop(id(held), None)
+            self._freed.set()
         log.info("stage_freed", model=held.order.model, first=held.order.first, last=held.order.last)
         self._changed()
 
-    def _reserve(self, held: Held, size: int) -> None:
-        """Promise memory, taking it from stages that nobody holds any more. Raises CapacityError."""
-        for other in [h for h in self._held if not h.leases and h is not held]:
-            if self._left() < size:
-                self._promised.pop(id(other), None)
-                self._tasks.spawn("free", self._free(other))
+    async def _reserve(self, held: Held, size: int) -> None:
+        """Promise memory, taking it from stages that nobody holds, and from standbys. Raises CapacityError."""
+        until = asyncio.get_running_loop().time() + GIVE_BACK_S
+        while self._left() < size:
+            others = [h for h in self._held if h is not held]
+            yielding = [h for h in others if not h.leases]
+            if not held.is_standby:
+                yielding += [h for h in others if h.leases and h.is_standby]
+            if yielding:
+                # Its end is not that of whoever waits for it.
+                reason = "another stage needs the memory"
+                await asyncio.wait({self._tasks.spawn("free", self._free(yielding[0], reason))})
+                continue
+            if not self._ending and not any(h.order.pipeline == held.order.pipeline for h in others):
+                break
+            self._freed.clear()
+            try:
+                async with asyncio.timeout_at(until):
+                    await self._freed.wait()
+            except TimeoutError:
+                break
         if self._draining or self._left() < size:
             raise CapacityError(
                 f"the stage needs {gib(size)} and this shard has {gib(max(0, self._left()))} of {gib(self._lends)} left"
             )
         self._promised[id(held)] = size
+
+    def _used(self) -> int:
+        """Return what no new stage could have."""
+        return sum(self._promised.get(id(h), 0) for h in self._held if h.leases and not h.is_standby)
 
     def _left(self) -> int:
         return self._lends - sum(self._promised.values())
@@ -221,6 +273,6 @@ def _shown(held: Held) -> HeldStage:
         last=order.last,
         layers=order.layers,
         size=held.size_bytes,
-        state=held.state.name.lower() if held.leases else "retained",
+        state="retained" if not held.leases else "standby" if held.is_standby else held.state.name.lower(),
         progress=held.progress,
     )

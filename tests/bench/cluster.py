@@ -43,7 +43,7 @@ class Window:
 
 @dataclass(slots=True)
 class Osync:
-    """A proxy and a node, each a process of its own, with one model."""
+    """A proxy and a node, in one process or in two, with one model."""
 
     proxy: Process
     node: Process
@@ -53,6 +53,13 @@ class Osync:
     def port(self) -> int:
         """The proxy's HTTP port."""
         return self.proxy.port
+
+    @property
+    def daemons(self) -> dict[str, Process]:
+        """The processes by what they are."""
+        if self.proxy is self.node:
+            return {"daemon": self.node}
+        return {"proxy": self.proxy, "node": self.node}
 
     def probe(self, process: Process) -> dict[str, Any]:
         """Return what a daemon counted since the last time."""
@@ -65,9 +72,11 @@ class Osync:
 
     def cpu_ns(self) -> dict[str, int]:
         """Return the CPU time so far of the proxy, and of the node's event loop alone: the thread it started with."""
-        proxy, node = self.proxy.popen.pid, self.node.popen.pid
-        threads = Path(f"/proc/{proxy}/task").iterdir()
-        return {"proxy": sum(map(_ran_ns, threads)), "node loop": _ran_ns(Path(f"/proc/{node}/task/{node}"))}
+        node = self.node.popen.pid
+        spent = {"node loop": _ran_ns(Path(f"/proc/{node}/task/{node}"))}
+        if self.proxy is not self.node:
+            spent["proxy"] = sum(map(_ran_ns, Path(f"/proc/{self.proxy.popen.pid}/task").iterdir()))
+        return spent
 
     def memory(self, file: Path) -> tuple[int, int]:
         """Return the node's resident bytes, and how many of them are the model file's pages."""
@@ -81,12 +90,20 @@ def _ran_ns(thread: Path) -> int:
 
 
 @contextlib.contextmanager
-def osync(owner: Processes, folder: Path, threads: int, parallel: int) -> Iterator[Osync]:
-    """Run proxy and node, with every setting but these at its default."""
+def osync(owner: Processes, folder: Path, threads: int, parallel: int, apart: bool) -> Iterator[Osync]:
+    """Run proxy and node, `apart` in a process each, with every setting but these at its default."""
 
     def daemon(role: str, *flags: str) -> Process:
         port, grpc_port = free_port(), free_port()
-        place = ("--role", role, "--port", str(port), "--grpc-port", str(grpc_port), "--state-dir", str(folder))
+        place = (
+            *(f"--role={one}" for one in role.split("+")),
+            "--port",
+            str(port),
+            "--grpc-port",
+            str(grpc_port),
+            "--state-dir",
+            str(folder),
+        )
         common = ("--log-format", "json", "--drain-timeout", "0")
         probe = folder / f"{role}-{len(owner.running)}.probe"
         process = owner.start(
@@ -97,14 +114,14 @@ def osync(owner: Processes, folder: Path, threads: int, parallel: int) -> Iterat
         return process
 
     engine = ("--backend", "engine", "--models-dir", str(folder / "models"), "--keep-alive", "-1")
-    node = daemon("node", *engine, "--threads", str(threads), "--parallel", str(parallel))
-    proxy = daemon("proxy", "--servers", f"127.0.0.1:{node.grpc_port}")
+    node = daemon("node" if apart else "proxy+node", *engine, "--threads", str(threads), "--parallel", str(parallel))
+    proxy = daemon("proxy", "--servers", f"127.0.0.1:{node.grpc_port}") if apart else node
     try:
         owner.ready(proxy)
         wait_for(lambda: proxy.get("/api/tags")["models"], proxy)
         yield Osync(proxy, node, proxy.get("/api/tags")["models"][0]["name"])
     finally:
-        for process in (proxy, node):
+        for process in {proxy.popen.pid: proxy, node.popen.pid: node}.values():
             process.popen.terminate()
             process.popen.wait(20)
 

@@ -64,7 +64,7 @@ class Bench:
     def __init__(self, cluster: Osync, bare: Bare, count: int) -> None:
         self.cluster, self.bare, self.count = cluster, bare, count
         self.figures: dict[str, list[float]] = {}
-        self.windows = {"proxy": Window(), "node": Window()}
+        self.windows = {name: Window() for name in cluster.daemons}
         self.differing = 0
 
     def add(self, name: str, value: float) -> None:
@@ -83,13 +83,14 @@ class Bench:
     def window(self) -> Iterator[Window]:
         """Count the daemons' work inside only."""
         cluster, seen = self.cluster, Window()
-        for process in (cluster.proxy, cluster.node):
+        for process in cluster.daemons.values():
             cluster.probe(process)
         yield seen
-        self.windows["proxy"].add(cluster.probe(cluster.proxy))
-        node = cluster.probe(cluster.node)
-        self.windows["node"].add(node)
-        seen.add(node)
+        for name, process in cluster.daemons.items():
+            counted = cluster.probe(process)
+            self.windows[name].add(counted)
+            if process is cluster.node:
+                seen.add(counted)
 
     async def generate(self, prompt: str, count: int) -> Answer:
         """Get one answer from osync."""
@@ -164,9 +165,10 @@ def report(bench: Bench, overhead: float, parts: str) -> bool:
     print(f"second turn: first token after {m('warm ms'):.1f} ms (prompt {m('warm prompt ms'):.1f}), "
           f"cold {m('cold ms'):.0f} ms")  # fmt: skip
     for n in (1, STREAMS):
+        proxy = f"proxy {m(f'cpu proxy {n}'):.2f}, " if f"cpu proxy {n}" in bench.figures else ""
         print(f"{n} stream(s), per evaluation: llama_decode {m(f'decode ms {n}'):.2f} ms, sampling "
               f"{m(f'sample ms {n}'):.2f} ms, the rest {m(f'outside ms {n}'):.3f} ms = {m(f'outside {n}'):.1%}; "
-              f"{m(f'lines per token {n}'):.3f} lines a token; CPU: proxy {m(f'cpu proxy {n}'):.2f}, node's loop "
+              f"{m(f'lines per token {n}'):.3f} lines a token; CPU: {proxy}node's loop "
               f"{m(f'cpu node loop {n}'):.2f}, client {m(f'cpu client {n}'):.2f} ms")  # fmt: skip
     for name, window in bench.windows.items():
         print(f"event loop of the {name}, {sum(window.lag)} timers late by: p50 {window.lag_s(0.5) * 1e3:.1f}, "
@@ -266,7 +268,7 @@ async def main(arguments: argparse.Namespace) -> int:
         owner = stack.enter_context(processes(folder))
         (folder / "models").mkdir()
         (folder / "models" / file.name).symlink_to(file)
-        cluster = stack.enter_context(osync(owner, folder, arguments.threads, STREAMS))
+        cluster = stack.enter_context(osync(owner, folder, arguments.threads, STREAMS, arguments.apart))
         await ask(cluster.port, "/api/generate", generate(cluster.model, counting(1), 2))
         context_length = cluster.proxy.get("/api/ps")["models"][0]["context_length"]
         spin = {"GOMP_SPINCOUNT": arguments.spin} if arguments.spin else {}
@@ -292,5 +294,6 @@ if __name__ == "__main__":
     parser.add_argument(
         "--spin", default="1000", help="GOMP_SPINCOUNT of what osync is compared with; empty: libgomp's default"
     )
+    parser.add_argument("--apart", action="store_true", help="proxy and node in two processes, linked by gRPC")
     parser.add_argument("--parts", nargs="+", default=["bare", "server"], choices=["bare", "server"])
     sys.exit(uvloop.run(main(parser.parse_args())))

@@ -28,6 +28,7 @@ from osync.engine.sampling import SamplingOptions
 from osync.net.uplink import RemoteLink
 from osync.telemetry.log import setup
 from osync.types import NodeId
+from tests.bench.pipeline_rpc import CONTEXT
 
 
 class Driver:
@@ -52,6 +53,12 @@ class Driver:
                 await asyncio.sleep(0.02)
         return time.monotonic() - began
 
+    async def do_down(self, addresses: list[str]) -> None:
+        """Wait until none of these shards is linked."""
+        async with asyncio.timeout(30):
+            while not set(addresses).isdisjoint(peer.address for peer in self._peers()):
+                await asyncio.sleep(0.02)
+
     async def do_load(self, name: str, model: str, source: str, shards: list[str], **wanted: Any) -> dict[str, Any]:
         """Open a pipeline; return how long that took and what its stages are."""
         path = Path(model)
@@ -62,7 +69,7 @@ class Driver:
         header = read_header(path)
         described = ModelSource(name=path.stem, digest=digest, size=path.stat().st_size, header=header,
                                 vocabulary=path, sources=(source,))  # fmt: skip
-        settings = RunnerSettings(shards=tuple(shards), context_length=2048, threads=1, **wanted)
+        settings = RunnerSettings(shards=tuple(shards), context_length=CONTEXT, threads=1, **wanted)
         began = time.monotonic()
         self._runners[name] = await self._coordinator.load(described, settings)
         return {"seconds": time.monotonic() - began, "stages": await self.do_stages(name)}
@@ -84,15 +91,24 @@ class Driver:
         """Return a text's tokens."""
         return await self._runners[name].tokenize(text)
 
-    async def do_run(self, name: str, prompts: list[list[int]], count: int, reach: int = 0, late: list[int] | None = None,
-                     **options: Any) -> dict[str, Any]:  # fmt: skip
+    async def do_run(
+        self,
+        name: str,
+        prompts: list[list[int]],
+        count: int,
+        reach: int = 0,
+        late: list[int] | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
         """Answer all prompts at once. At `reach` tokens of the first, say so, and then let `late` come in."""
         runner = self._runners[name]
         sampling = SamplingOptions(num_predict=count, **({"temperature": 0.0} | options))
         reached = asyncio.Event()
 
         async def one(number: int, prompt: list[int]) -> dict[str, Any]:
-            began, times, counts = time.perf_counter(), [], []
+            began = time.perf_counter()
+            times: list[float] = []
+            counts: list[int] = []
             async for event in runner.generate(prompt, sampling):
                 if isinstance(event, Final):
                     return {"began": began, "times": times, "counts": counts, "tokens": event.tokens,

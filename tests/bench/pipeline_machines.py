@@ -10,16 +10,23 @@ import json
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from osync.coordinator.placement import RESERVE
+from osync.engine.cutting import layer_costs
+from osync.engine.gguf import read_header
+from osync.engine.llama import KV_TYPES
 from tests.bench import pipeline_rpc
+from tests.bench.pipeline_rpc import CONTEXT, SEQUENCES
 from tests.daemons import ROOT, clean_env
 from tests.net.lan import Host, Lan
 
 SHARE = 0.4
 """Cores of each machine."""
 GRPC, RPC = 50051, 50052
+VALUE_BYTES = KV_TYPES["f16"][1]
 WORKERS = 5
 """Four that work, and one spare."""
 
@@ -43,7 +50,7 @@ class Machine:
         """Give the process so many cores from now on; 0: all."""
         for line in Path(f"/proc/{self.popen.pid}/cgroup").read_text().splitlines():
             number, controllers, name = line.split(":", 2)
-            if "cpu" in controllers.split(",") or number == "0" and not controllers:
+            if "cpu" in controllers.split(",") or (number == "0" and not controllers):
                 group = self.lan.groups.path / Path(name).name
                 if (group / "cpu.cfs_quota_us").exists():
                     (group / "cpu.cfs_period_us").write_text("2500")
@@ -80,7 +87,7 @@ class Talker(Machine):
         assert self.popen.stdout
         line = self.popen.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.log.name}: ended\n{self.log.read_text()[-3000:]}")
+            raise RuntimeError(f"{self.log.name}: ended\n{self.log.read_text()[-9000:]}")
         return json.loads(line)
 
     def do(self, command: str, **arguments: Any) -> Any:
@@ -94,6 +101,7 @@ class Machines:
 
     def __init__(self, lan: Lan, folder: Path, model: Path, share: float = SHARE) -> None:
         self.lan, self.folder, self.model, self.share = lan, folder, model, share
+        self.header = read_header(model)
         self.rpc: dict[int, Machine] = {}
         self._talkers: list[Talker] = []
         self.workers = list(range(1, WORKERS + 1))
@@ -111,15 +119,42 @@ class Machines:
         """Return where the host's shard listens."""
         return f"{self.lan.host(host).address}:{GRPC}"
 
-    def shard(self, host: int) -> Machine:
+    def memory(self, stages: int) -> int:
+        """Return what a shard must lend so that equal stages, so many, are all that fits."""
+        costs, layers = layer_costs(self.header), self.header.block_count
+        cuts = [layers * number // stages for number in range(stages + 1)]
+        tokens = CONTEXT * SEQUENCES
+        need = max(costs.stage_bytes(first, last, tokens, VALUE_BYTES) for first, last in pairwise(cuts))
+        return need + (RESERVE if need > 4 * RESERVE else 0)
+
+    def shard(self, host: int, stages: int = 4) -> Machine:
         """Start the host's shard; it keeps its state over restarts."""
         has_model = host == self.storage
-        flags = ["--role", "shard", "--threads", "1", "--device", "cpu", "--log-format", "json",
-                 "--host", self.lan.host(host).address, "--grpc-port", str(GRPC), "--insecure",
-                 "--state-dir", str(self.folder / f"state-{host}"), "--memory", "64MiB" if has_model else "2GiB",
-                 "--models-dir", str(self.folder / ("models" if has_model else "empty")), "--drain-timeout", "0"]  # fmt: skip
+        lends = 1 << 20 if has_model else self.memory(stages)
+        flags = {
+            "role": "shard", "threads": 1, "device": "cpu", "log-format": "json", "drain-timeout": 0,
+            "host": self.lan.host(host).address, "grpc-port": GRPC, "memory": lends,
+            "state-dir": self.folder / f"state-{host}",
+            "models-dir": self.folder / ("models" if has_model else "empty"),
+        }  # fmt: skip
+        argv = ["osync.cli.daemon", "--insecure", *(w for k, v in flags.items() for w in (f"--{k}", str(v)))]
         log = self.folder / f"shard-{host}.log"
-        return Machine(self.lan, self.lan.host(host), ["osync.cli.daemon", *flags], log, 0)
+        return Machine(self.lan, self.lan.host(host), argv, log, 0)
+
+    def restart(self, hosts: list[int], stages: int = 4) -> float:
+        """Start shards again that were killed; return the seconds until they are linked and know their speed."""
+        began = time.monotonic()
+        for host in hosts:
+            if self.shards[host].popen.poll() is None:
+                self.shards[host].kill()
+        # The driver has to see that they are gone, else the old state would pass for the new one.
+        self.driver.do("down", addresses=[self.address(host) for host in hosts])
+        for host in hosts:
+            self.shards[host] = self.shard(host, stages)
+        self.driver.do("up", addresses=[self.address(host) for host in hosts])
+        for host in hosts:
+            self.shards[host].limit(self.share)
+        return time.monotonic() - began
 
     def client(self, split: list[int], ubatch: int) -> Talker:
         """Start llama.cpp's client over as many fresh RPC workers as the split has parts; none: it has all layers."""
@@ -170,4 +205,3 @@ class Machines:
 def ready() -> str:
     """Compile what is missing; return where llama.cpp's RPC backend is."""
     return str(pipeline_rpc.build())
-

@@ -83,9 +83,9 @@ async def serving(shard: Shard) -> AsyncIterator[str]:
         await server.stop(0.2)
 
 
-def heard() -> tuple[asyncio.Future[OsyncError], Callable[[OsyncError], None]]:
+def heard() -> tuple[asyncio.Future[OsyncError], Callable[..., None]]:
     future: asyncio.Future[OsyncError] = asyncio.get_running_loop().create_future()
-    return future, future.set_result
+    return future, lambda error, stage=0: future.set_result(error)
 
 
 async def test_a_lease_holds_a_stage_until_it_is_closed() -> None:

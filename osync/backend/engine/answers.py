@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -47,10 +48,15 @@ async def respond(
 
 def now_text(ns: int | None = None) -> str:
     """Return a time as RFC 3339 with nanoseconds, trailing zeros left out as Go does."""
-    ns = time.time_ns() if ns is None else ns
-    whole = datetime.fromtimestamp(ns // 10**9, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-    fraction = f".{ns % 10**9:09d}".rstrip("0").rstrip(".")
-    return f"{whole}{fraction}Z"
+    second, rest = divmod(time.time_ns() if ns is None else ns, 10**9)
+    fraction = f".{rest:09d}".rstrip("0").rstrip(".")
+    return f"{_second_text(second)}{fraction}Z"
+
+
+@lru_cache(maxsize=16)
+def _second_text(second: int) -> str:
+    """Return a whole second's part: many tokens come in one."""
+    return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def details(info: ModelInfo) -> dict[str, Any]:
