@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import secrets
 from collections.abc import Sequence
@@ -102,6 +103,9 @@ class Sampler:
         self._end = api.llama_sampler_chain_n(self._chain)
         self._seed = options.with_seed().seed & RANDOM_SEED
         self._is_random = options.temperature > 0
+        # The largest logit itself: llama.cpp would first build a list of all candidates, ten times the work.
+        self._logits = ctypes.c_float * vocabulary_size if not self._is_random and not options.has_penalties else None
+        self._numpy = _numpy()
         self._drawn = drawn
         for token in history:
             api.llama_sampler_accept(self._chain, token)
@@ -109,6 +113,9 @@ class Sampler:
     def sample(self, context: Any, row: int) -> int:
         """Choose a token by the logits of batch row `row`, and remember it."""
         api, chain = self._api, self._chain
+        if self._logits is not None:
+            logits = self._logits.from_address(ctypes.addressof(api.llama_get_logits_ith(context, row).contents))
+            return int(self._numpy.frombuffer(logits, self._numpy.float32).argmax())
         if self._is_random:
             if api.llama_sampler_chain_n(chain) > self._end:
                 api.llama_sampler_free(api.llama_sampler_chain_remove(chain, self._end))
@@ -121,6 +128,12 @@ class Sampler:
         chain, self._chain = self._chain, None
         if chain:
             self._api.llama_sampler_free(chain)
+
+
+def _numpy() -> Any:
+    import numpy  # only where there is an engine
+
+    return numpy
 
 
 def _parts(api: Any, options: SamplingOptions, vocabulary_size: int, context_length: int) -> list[Any]:

@@ -16,7 +16,7 @@ T = TypeVar("T")
 _Call = tuple[Callable[[], Any], asyncio.AbstractEventLoop | None, "asyncio.Future[Any] | None"]
 
 
-SWITCH_S = 0.0002
+SWITCH_S = 0.0005
 """After so long a thread that holds the interpreter gives it to one that waits. Python's 5 ms would have the engine
 wait, with a frame in hand, until the event loop has written all tokens of the last one."""
 

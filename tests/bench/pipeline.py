@@ -93,7 +93,7 @@ class Bench:
         add = self.figures.add
         first = self.load()
         add("first load s", first["seconds"])
-        print("  cuts", [(s["first"], s["last"], s["weights"], s["fetched"]) for s in first["stages"]], flush=True)
+        print("  cuts", [tuple(stage.values())[:5] for stage in first["stages"]], flush=True)
         self.split = [stage["last"] - stage["first"] for stage in first["stages"]]
         self.split[-1] += 1  # llama.cpp counts the output as a layer
         add("fetched of slice", max(stage["fetched"] / stage["weights"] for stage in first["stages"]))
@@ -102,7 +102,7 @@ class Bench:
             add("processes up again s", self.m.restart(self.m.workers[:4]))
             again = self.load()
             add("ready after restart s", again["seconds"])
-            print("  cuts", [(s["address"], s["first"], s["last"]) for s in again["stages"]], flush=True)
+            print("  cuts", [tuple(stage.values())[:5] for stage in again["stages"]], flush=True)
             add("fetched after restart", sum(stage["fetched"] for stage in again["stages"]))
 
     def decode(self, round_trips: tuple[int, ...]) -> None:

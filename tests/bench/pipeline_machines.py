@@ -125,6 +125,7 @@ class Machines:
         cuts = [layers * number // stages for number in range(stages + 1)]
         tokens = CONTEXT * SEQUENCES
         need = max(costs.stage_bytes(first, last, tokens, VALUE_BYTES) for first, last in pairwise(cuts))
+        need += 2 * self.header.header_bytes  # a slice from the disk is taken to weigh as much as its file
         return need + (RESERVE if need > 4 * RESERVE else 0)
 
     def shard(self, host: int, stages: int = 4) -> Machine:

@@ -87,7 +87,7 @@ def _failures(kills: int) -> list[Row]:
     ]  # fmt: skip
     for kind, most in (("from disk", 1.5), ("fetched", 5.0)):
         name = f"stall normal, {kind}"
-        found.append(Row(f"stall after a kill, p95, slice {kind}, s", (name,), lambda f, n=name: f.p95(n), most, True))
+        found.append(Row(f"stall after a kill, p95, slice {kind}, s", (name,), _p95(name), most, True))
     found.append(Row("bytes fetched by a worker, against its slice", ("fetched of slice",),
                      _median("fetched of slice"), 1.02, True, lambda _: "everything"))  # fmt: skip
     again = "fetched after restart"
@@ -120,6 +120,10 @@ def _faster(trip: int, least: float) -> Row:
 
 def _median(name: str) -> Callable[[Figures], float]:
     return lambda figures: figures.median(name)
+
+
+def _p95(name: str) -> Callable[[Figures], float]:
+    return lambda figures: figures.p95(name)
 
 
 def _ratio(above: str, below: str) -> Callable[[Figures], float]:
