@@ -35,11 +35,19 @@ class Recovers(Protocol):
         """Make it anew after StageLost; all KV caches are empty then. Raises OsyncError where it cannot be."""
 
 
+@runtime_checkable
+class Submits(Protocol):
+    """A stage that takes a frame at once, in the order of the calls: a task less for every token."""
+
+    def submit(self, frame: Frame) -> asyncio.Future[Outcome]:
+        """Begin what `evaluate` does. Raises OsyncError."""
+
+
 @dataclass(slots=True, eq=False)
 class _Flight:
     frame: Frame
     began_ns: int
-    evaluation: asyncio.Task[Outcome | Exception]
+    evaluation: asyncio.Future[Outcome | Exception] | asyncio.Future[Outcome]
 
 
 class Generation:
@@ -49,6 +57,7 @@ class Generation:
         self, stage: Stage, words: Words, *, max_queue: int = 512, deterministic: bool = False, drafts: bool = True
     ) -> None:
         self._stage = stage
+        self._submits = stage if isinstance(stage, Submits) else None
         self._words = words
         self._limits = stage.limits
         self._schedule = Schedule(self._limits, deterministic=deterministic, drafts=drafts)
@@ -150,11 +159,19 @@ class Generation:
             while self._flying and self._flying[0].evaluation.done():
                 await self._land(self._flying.popleft())
             while len(self._flying) < self._limits.depth and (frame := self._next()) is not None:
-                # Tasks start in the order in which they are made: so do the frames.
-                evaluation = self._tasks.spawn("evaluation", self._evaluate(frame))
-                evaluation.add_done_callback(lambda _: self._wake.set())
+                evaluation = self._begin(frame)
+                evaluation.add_done_callback(self._landed)
                 self._flying.append(_Flight(frame, time.monotonic_ns(), evaluation))
             await self._wake.wait()
+
+    def _begin(self, frame: Frame) -> asyncio.Future[Outcome | Exception] | asyncio.Future[Outcome]:
+        if self._submits is not None:
+            return self._submits.submit(frame)
+        # Tasks start in the order in which they are made: so do the frames.
+        return self._tasks.spawn("evaluation", self._evaluate(frame))
+
+    def _landed(self, _: object) -> None:
+        self._wake.set()
 
     async def _evaluate(self, frame: Frame) -> Outcome | Exception:
         try:
@@ -163,7 +180,10 @@ class Generation:
             return error
 
     async def _land(self, flight: _Flight) -> None:
-        outcome = flight.evaluation.result()
+        evaluation = flight.evaluation
+        outcome = evaluation.exception() or evaluation.result()
+        if isinstance(outcome, BaseException) and not isinstance(outcome, Exception):
+            raise outcome
         if isinstance(outcome, StageLost):
             await self._recover(outcome)
         elif isinstance(outcome, Exception):

@@ -111,7 +111,7 @@ class LayerStage(ContextStage):
         Gives an outcome from the last stage, and from all where rows are undone; else the rows' activations, which
         stay as they are. Raises as `Stage.evaluate` does.
         """
-        return await self._run(lambda: self.evaluate_here(frame, activations))
+        return await self._begin(lambda: self.evaluate_here(frame, activations))
 
     def evaluate_here(
         self, frame: Frame, activations: memoryview | bytes | bytearray | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import threading
 from collections.abc import Callable
@@ -120,7 +121,7 @@ class ContextStage:
         """The thread that evaluates; it ends with the stage."""
         return self._thread
 
-    async def _run(self, work: Callable[[], T]) -> T:
+    def _begin(self, work: Callable[[], T]) -> asyncio.Future[T]:
         if self._closed:
             raise ModelError("the model was unloaded")
         self._number += 1
@@ -132,7 +133,7 @@ class ContextStage:
                 self._stop[0] = b"\1"
             return work()
 
-        return await self._thread.run(run)
+        return self._thread.begin(run)
 
     def abort(self) -> None:
         """End the evaluation under way at its next graph node, and what waits behind it before it begins."""
@@ -370,7 +371,11 @@ class LocalStage(ContextStage):
 
     async def evaluate(self, frame: Frame) -> Outcome:
         """Apply operations, evaluate rows, sample."""
-        return await self._run(lambda: self._evaluate(frame))
+        return await self.submit(frame)
+
+    def submit(self, frame: Frame) -> asyncio.Future[Outcome]:
+        """Begin what `evaluate` does."""
+        return self._begin(lambda: self._evaluate(frame))
 
 
 async def load_stage(

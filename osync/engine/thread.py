@@ -45,12 +45,16 @@ class EngineThread:
 
     async def run(self, work: Callable[[], T]) -> T:
         """Run `work` in the thread. Cancelled while it runs, it runs to its end and nobody hears of it."""
+        return await self.begin(work)
+
+    def begin(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        """Have `work` run in the thread; the future is the running loop's."""
         if self._closed:
             raise RuntimeError(f"thread {self._thread.name} is closed")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         self._calls.put((work, loop, future))
-        return await future
+        return future
 
     def post(self, work: Callable[[], object]) -> None:
         """Have `work` run after the calls before it; nobody hears how it went."""

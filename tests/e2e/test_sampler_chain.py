@@ -42,7 +42,8 @@ class MadeUp:
         return getattr(llama.library(), name)
 
     def llama_get_logits_ith(self, context: Any, row: int) -> Any:
-        return ctypes.cast((ctypes.c_float * SIZE)(*map(logit, range(SIZE))), ctypes.POINTER(ctypes.c_float))
+        self.logits = (ctypes.c_float * SIZE)(*map(logit, range(SIZE)))
+        return ctypes.cast(self.logits, ctypes.POINTER(ctypes.c_float))
 
     def llama_sampler_sample(self, chain: Any, context: Any, row: int) -> int:
         data = (self.llama_token_data * SIZE)(*(self.llama_token_data(t, logit(t), 0.0) for t in range(SIZE)))
