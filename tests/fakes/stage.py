@@ -6,8 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Literal
 
-from osync.engine.frame import SAMPLED, Close, Copy, Frame, Open, Operation, Outcome, Rows, Truncate
-from osync.engine.stage import Limits
+from osync.engine.frame import SAMPLED, Close, Copy, Frame, Limits, Open, Operation, Outcome, Rows, Truncate
 from osync.errors import ModelError, StageLost
 
 END = 0

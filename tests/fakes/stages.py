@@ -9,9 +9,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from osync.core.stages import Route, StageOrder, StageReport, StageSettings, StageState
-from osync.engine.frame import Copy, Frame, Outcome, Truncate
+from osync.engine.frame import Copy, Frame, Limits, Outcome, Truncate
 from osync.engine.layers import Part
-from osync.engine.stage import Limits
 from osync.errors import ModelError, StageLost
 from osync.net.server import RpcServer
 from osync.net.shard_service import Downstream, add_shard_service

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from osync.coordinator.generation import Generation
 from osync.coordinator.request import Final, Request
 from osync.coordinator.schedule import Schedule
-from osync.engine.frame import Frame, Outcome
+from osync.engine.frame import Frame, Limits, Outcome
 from osync.engine.sampling import SamplingOptions
-from osync.engine.stage import Limits
 from osync.errors import ModelError, StageLost
 from tests.fakes.stage import FakeStage, Fault, Letters, answer
 

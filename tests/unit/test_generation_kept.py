@@ -12,9 +12,8 @@ from osync.coordinator.kept import Kept
 from osync.coordinator.request import Request
 from osync.coordinator.schedule import Schedule
 from osync.coordinator.slot import common_length
-from osync.engine.frame import Copy, Frame, Outcome, Truncate
+from osync.engine.frame import Copy, Frame, Limits, Outcome, Truncate
 from osync.engine.sampling import SamplingOptions
-from osync.engine.stage import Limits
 from tests.fakes.stage import Letters
 
 

@@ -15,9 +15,8 @@ from osync.coordinator.generation import SERVER_BUSY, Generation
 from osync.coordinator.pace import FIRST_CHUNK
 from osync.coordinator.request import Final, Piece, Request
 from osync.coordinator.schedule import CHUNK, Schedule
-from osync.engine.frame import Frame, Outcome
+from osync.engine.frame import Frame, Limits, Outcome
 from osync.engine.sampling import SamplingOptions
-from osync.engine.stage import Limits
 from osync.errors import BadRequest, CapacityError, ModelError
 from tests.fakes.stage import FakeStage, Letters, answer
 

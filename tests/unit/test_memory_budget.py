@@ -12,7 +12,7 @@ from osync.errors import ConfigError
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("80%", 800 << 30), ("12GiB", 12 << 30), ("12 gb", 12 << 30), ("1.5g", 3 << 29), ("4096", 4096), 
+    [("80%", 800 << 30), ("12GiB", 12 << 30), ("12 gb", 12 << 30), ("1.5g", 3 << 29), ("4096", 4096),
      ("512M", 512 << 20), ("100%", 1000 << 30), ("2TiB", 1000 << 30), ("7b", 7), ("0.5%", 5 << 30)],
 )  # fmt: skip
 def test_amounts(text: str, expected: int):
