@@ -19,6 +19,7 @@ from osync.core.memory import budget
 from osync.core.plan import gib
 from osync.core.stages import Route, StageOrder, StageReport, StageState
 from osync.engine.devices import LoadSettings
+from osync.engine.llama import threads_for
 from osync.engine.slices import SliceCache
 from osync.engine.store import ModelStore
 from osync.errors import CapacityError, StageLost
@@ -93,7 +94,7 @@ class ShardRole:
 
     async def start(self) -> None:
         """Measure, and begin to report."""
-        self._speed = Speed(await asyncio.to_thread(measure))
+        self._speed = Speed(await asyncio.to_thread(measure, threads_for(self._settings.threads)))
         await self._host.slices.trim()
         self._tasks.spawn("refresh", self._refresh())
         if self._watches:
