@@ -35,7 +35,8 @@ def measure(threads: int) -> float:
             count += 1
         best = min(best, took / count)
         time.sleep(_PAUSE_S)
-    return best / matrix.nbytes * _QUANTIZED / float(threads) ** _SCALING
+    guess: float = best / matrix.nbytes * _QUANTIZED / threads**_SCALING
+    return guess
 
 
 class Speed:
