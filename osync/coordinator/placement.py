@@ -18,6 +18,7 @@ from osync.types import NodeState, ShardState
 
 RESERVE = 64 << 20
 """Bytes of compute buffers that a stage takes beside weights and KV cache, roughly."""
+ABOUT_AS_FAST = 1.03
 OVERHEAD_S = 0.001
 """Of each stage for each token: queue, callback, message."""
 YIELDING = ("retained", "standby")
@@ -143,7 +144,14 @@ def _plan(demand: Demand, peers: Sequence[ShardPeer], mine: str) -> Plan | NoPla
         activation_bytes=width * 4,
         overhead_s=OVERHEAD_S,
     )
-    return make_plan(shape(demand.model, settings), shards, Network(links), wish)
+    whole, network = shape(demand.model, settings), Network(links)
+    found = make_plan(whole, shards, network, wish)
+    if isinstance(found, NoPlan) or wish.objective == "throughput":
+        return found
+    # Equal hosts give one stream the same time however they share the layers; several streams want equal shares.
+    count = len(found.stages)
+    even = make_plan(whole, shards, network, replace(wish, objective="throughput", min_stages=count, max_stages=count))
+    return even if isinstance(even, Plan) and even.token_s <= found.token_s * ABOUT_AS_FAST else found
 
 
 def _given_up(peer: ShardPeer, pipeline: str) -> int:

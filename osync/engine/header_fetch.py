@@ -6,7 +6,7 @@ from osync.engine.gguf import GGUFHeader, parse_header
 from osync.engine.slice_file import Read
 from osync.errors import ModelUnusable
 
-_FIRST = 1 << 20
+_STEP = 256 << 10
 _MOST = 256 << 20
 
 
@@ -20,7 +20,7 @@ async def fetch_header(read: Read, size: int, name: str) -> tuple[GGUFHeader, by
     `size` is the file's. Raises ModelUnusable, and what `read` raises.
     """
     data = b""
-    wanted = min(_FIRST, size)
+    wanted = min(_STEP, size)
     while True:
         data += await read(len(data), wanted - len(data))
         start = data
@@ -35,6 +35,7 @@ async def fetch_header(read: Read, size: int, name: str) -> tuple[GGUFHeader, by
         except _More:
             if wanted >= min(size, _MOST):
                 raise ModelUnusable(f"{name}: its header is over {_MOST} bytes") from None
-            wanted = min(4 * wanted, size, _MOST)
+            # By a quarter: some more round trips, and little that is read for nothing.
+            wanted = min(wanted + max(_STEP, wanted // 4), size, _MOST)
             continue
         return header, data[: header.header_bytes]
