@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from osync.engine.gguf import GGUFHeader, parse_header
 from osync.engine.slice_file import Read
 from osync.errors import ModelUnusable
@@ -31,7 +33,7 @@ async def fetch_header(read: Read, size: int, name: str) -> tuple[GGUFHeader, by
             return start[offset : offset + count]
 
         try:
-            header = parse_header(piece, size, name)
+            header = await asyncio.to_thread(parse_header, piece, size, name)
         except _More:
             if wanted >= min(size, _MOST):
                 raise ModelUnusable(f"{name}: its header is over {_MOST} bytes") from None
