@@ -96,7 +96,7 @@ def test_what_is_absent_is_404_in_ollamas_words(client: ollama.Client):
 
 def test_what_is_not_there_yet_is_501_and_says_so(client: ollama.Client):
     with pytest.raises(ollama.ResponseError) as caught:
-        client.embed(MODEL, "hi")
+        client.generate(MODEL, "hi", suffix="there")
     assert caught.value.status_code == 501
 
 
