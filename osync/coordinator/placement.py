@@ -13,12 +13,16 @@ from osync.core.stages import StageOrder, StageSettings
 from osync.engine.cutting import cut_rules, layer_costs
 from osync.engine.gguf import GGUFHeader
 from osync.engine.llama import KV_TYPES
+from osync.engine.slice import plan_slice
 from osync.errors import ModelUnusable, NotSupported
 from osync.types import NodeState, ShardState
 
 RESERVE = 64 << 20
 """Bytes of compute buffers that a stage takes beside weights and KV cache, roughly."""
 ABOUT_AS_FAST = 1.03
+SAMPLED_SHARE = 1 / 6
+"""Of all rows that are evaluated, those that are sampled, and so go through the output layer: prompts are longer than
+answers."""
 OVERHEAD_S = 0.001
 """Of each stage for each token: queue, callback, message."""
 YIELDING = ("retained", "standby")
@@ -120,12 +124,20 @@ def _lends(demand: Demand, peer: ShardPeer) -> bool:
     return is_wanted and not peer.state.draining and bool(peer.lends.engine)
 
 
+def _rounded(s_per_byte: float, fastest: float) -> float:
+    """Return a shard's speed by quarters of the fastest's: equal hosts are measured a little different each time, and
+    should get the same layers after every start, which lie on their disks."""
+    return fastest * max(1.0, round(4 * s_per_byte / fastest) / 4)
+
+
 def _plan(demand: Demand, peers: Sequence[ShardPeer], mine: str) -> Plan | NoPlan:
+    fastest = min((peer.lends.s_per_byte for peer in peers if peer.lends.s_per_byte > 0), default=1e-9)
     shards = [
         Shard(
             peer.address,
             peer.lends.memory_free + _given_up(peer, mine),
-            peer.lends.s_per_byte or 1e-9,
+            _rounded(peer.lends.s_per_byte, fastest),
+            output_s_per_byte=_rounded(peer.lends.s_per_byte, fastest) * SAMPLED_SHARE,
             reserve_bytes=RESERVE if peer.lends.memory > 4 * RESERVE else 0,
         )
         for peer in peers
@@ -272,7 +284,10 @@ def order(
     demand: Demand, peers: Sequence[ShardPeer], pipeline: str, owner: str, first: int, last: int
 ) -> StageOrder:  # fmt: skip
     """Return the order for layers [first, last)."""
-    model = demand.model
+    model, settings = demand.model, demand.settings
+    costs = layer_costs(model.header)
+    weights = costs.stage_bytes(first, last)
+    tokens = settings.context_length * settings.sequences
     there = [peer.address for peer in peers if model.digest in peer.lends.digests]
     return StageOrder(
         pipeline=pipeline,
@@ -283,6 +298,9 @@ def order(
         first=first,
         last=last,
         layers=model.header.block_count,
-        settings=demand.settings,
+        settings=settings,
         sources=tuple(dict.fromkeys((*there, *model.sources))),
+        pieces=plan_slice(model.header, first, last).pieces,
+        weight_bytes=weights,
+        kv_bytes=costs.stage_bytes(first, last, tokens, KV_TYPES[settings.kv_type][1]) - weights,
     )

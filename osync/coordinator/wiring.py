@@ -93,6 +93,7 @@ class Wiring:
 
     def _end(self, error: StageLost) -> None:
         self.error = error
+        self._inlet.drop()
         flying, self._flying = self._flying, OrderedDict()
         for future in flying.values():
             if not future.done():

@@ -25,6 +25,17 @@ class StageSettings:
     """Waiting frames are never merged."""
 
 
+@dataclass(frozen=True, slots=True)
+class SlicePiece:
+    """A run of bytes of a slice: copied from the whole model's file, given, or (with neither) zeros."""
+
+    size: int
+    source: int | None = None
+    data: bytes = b""
+    tensor: str = ""
+    """The source's tensor that it holds whole; "" for all else."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageOrder:
     """Asks a shard to load layers [first, last) of a model, and to hold them."""
@@ -41,6 +52,10 @@ class StageOrder:
     settings: StageSettings
     sources: tuple[str, ...] = field(default=(), compare=False)
     """host:port of daemons that have the file."""
+    pieces: tuple[SlicePiece, ...] = ()
+    """In order, the whole file of the slice: so that only the coordinator reads the model's header."""
+    weight_bytes: int = 0
+    kv_bytes: int = 0
     standby: bool = field(default=False, compare=False)
     """Held in reserve: given up where a stage that is used needs the memory."""
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from osync.core.stages import SlicePiece as Piece
 from osync.engine.cutting import BLOCK, cut_rules, is_of_stage, stage_period, window_period
 from osync.engine.gguf import TENSOR_TYPES, GGUFHeader, TensorInfo
 from osync.errors import BadRequest, NotSupported
@@ -26,17 +27,6 @@ _U32, _STRING, _U64, _ARRAY = 4, 8, 10, 9
 _WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 10: "Q", 11: "q"}
 _KINDS = {label: kind for kind, (label, _, _) in TENSOR_TYPES.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A run of bytes of a slice: copied from the source, given, or (with neither) zeros."""
-
-    size: int
-    source: int | None = None
-    data: bytes = b""
-    tensor: str = ""
-    """The source's tensor that it holds whole; "" for all else."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,9 @@ from typing import Final
 
 import structlog
 
+from osync.core.stages import SlicePiece as Piece
 from osync.engine.gguf import GGUFHeader
-from osync.engine.slice import Piece, SlicePlan
+from osync.engine.slice import SlicePlan
 from osync.errors import ModelUnusable
 
 log = structlog.get_logger("osync.engine")

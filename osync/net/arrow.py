@@ -64,6 +64,10 @@ class Arrow:
             self._ready.append((number, frame))
             self._wake.set()
 
+    def drop(self) -> None:
+        """Send nothing more, and let go who waits to; nobody is told. `close` is still to be called."""
+        self._end()
+
     async def close(self) -> None:
         """End it; nobody is told."""
         self._end()

@@ -83,6 +83,9 @@ class StageLease:
             error = self._unavailable(f"no sign of life for {SILENCE_S:.0f} s")
         except (grpc.aio.BaseError, asyncio.InvalidStateError, WireError) as failure:
             error = self._unavailable(str(failure))
+        except Exception as failure:  # whatever it was, who waits for the stage has to hear of it
+            log.error("lease_failed", address=self.address, exc_info=failure)
+            error = self._unavailable(repr(failure))
         if not self._closed:
             self.error = error
             self._ready.set()

@@ -7,12 +7,14 @@ from itertools import pairwise
 from typing import Any, Final
 
 from osync import errors
-from osync.core.stages import Route, StageOrder, StageReport, StageSettings, StageState
+from osync.core.stages import Route, SlicePiece, StageOrder, StageReport, StageSettings, StageState
 from osync.errors import OsyncError, UpstreamUnavailable, WireError
 from osync.pb import shard_pb2 as pb
 
 MAX_STAGES: Final = 64
 MAX_IN_FLIGHT: Final = 256
+MADE_UP_BYTES: Final = 64 << 20
+"""Of a slice that no tensor of the model is: padding, and the vocabulary of a stage that has none."""
 _DTYPES: Final = ("f32", "f16", "q8")
 _ORDER: Final = ("pipeline", "owner", "model", "digest", "size", "first", "last", "layers", "standby")
 _SETTINGS: Final = tuple(field.name for field in dataclasses.fields(StageSettings))
@@ -27,18 +29,26 @@ def _pick(source: object, names: tuple[str, ...]) -> dict[str, Any]:
 def order_to(order: StageOrder) -> pb.HoldRequest:
     """Write an order."""
     settings = pb.StageSettings(**_pick(order.settings, _SETTINGS))
-    return pb.HoldRequest(settings=settings, sources=order.sources, **_pick(order, _ORDER))
+    pieces = [pb.SlicePiece(size=p.size, source=p.source, data=p.data, tensor=p.tensor) for p in order.pieces]
+    return pb.HoldRequest(settings=settings, sources=order.sources, pieces=pieces, **_pick(order, _ORDER))
 
 
 def order_from(source: pb.HoldRequest) -> StageOrder:
     """Read an order. Raises WireError where it makes no sense."""
     settings = StageSettings(**_pick(source.settings, _SETTINGS))
-    order = StageOrder(settings=settings, sources=tuple(source.sources), **_pick(source, _ORDER))
+    pieces = tuple(
+        SlicePiece(p.size, p.source if p.HasField("source") else None, p.data, p.tensor) for p in source.pieces
+    )
+    order = StageOrder(settings=settings, sources=tuple(source.sources), pieces=pieces, **_pick(source, _ORDER))
     digest = order.digest.removeprefix("sha256:")
     if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
         raise WireError("the digest of a stage's model is no SHA-256")
     if not 0 <= order.first < order.last <= order.layers <= 10_000:
         raise WireError(f"layers {order.first} to {order.last} of {order.layers} do not exist")
+    if any((p.source is not None and p.source + p.size > order.size) or len(p.data) not in (0, p.size) for p in pieces):
+        raise WireError("a piece of a slice is not within the model's file, or not as long as it says")
+    if sum(p.size for p in pieces) > 2 * order.size + MADE_UP_BYTES:
+        raise WireError("a slice is larger than its model")
     if not (order.pipeline and settings.context_length and settings.sequences and settings.n_batch):
         raise WireError("a stage's order lacks its pipeline, context length, sequences or batch")
     return order

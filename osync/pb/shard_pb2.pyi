@@ -34,6 +34,9 @@ class HoldRequest(_message.Message):
     SETTINGS_FIELD_NUMBER: _builtins.int
     SOURCES_FIELD_NUMBER: _builtins.int
     STANDBY_FIELD_NUMBER: _builtins.int
+    PIECES_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    KV_BYTES_FIELD_NUMBER: _builtins.int
     pipeline: _builtins.str
     """the coordinator's name for it, unique"""
     owner: _builtins.str
@@ -51,11 +54,18 @@ class HoldRequest(_message.Message):
     """of the whole model"""
     standby: _builtins.bool
     """held in reserve: given up where a stage that is used needs the memory"""
+    weight_bytes: _builtins.int
+    """memory that the stage takes, for weights and for the KV cache"""
+    kv_bytes: _builtins.int
     @_builtins.property
     def settings(self) -> Global___StageSettings: ...
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """host:port of daemons that have the file"""
+
+    @_builtins.property
+    def pieces(self) -> _containers.RepeatedCompositeFieldContainer[Global___SlicePiece]:
+        """in order, the whole file of the slice: nobody but the coordinator reads headers"""
 
     def __init__(
         self,
@@ -71,14 +81,51 @@ class HoldRequest(_message.Message):
         settings: Global___StageSettings | None = ...,
         sources: _abc.Iterable[_builtins.str] | None = ...,
         standby: _builtins.bool = ...,
+        pieces: _abc.Iterable[Global___SlicePiece] | None = ...,
+        weight_bytes: _builtins.int = ...,
+        kv_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "first", b"first", "last", b"last", "layers", b"layers", "model", b"model", "owner", b"owner", "pipeline", b"pipeline", "settings", b"settings", "size", b"size", "sources", b"sources", "standby", b"standby"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "first", b"first", "kv_bytes", b"kv_bytes", "last", b"last", "layers", b"layers", "model", b"model", "owner", b"owner", "pieces", b"pieces", "pipeline", b"pipeline", "settings", b"settings", "size", b"size", "sources", b"sources", "standby", b"standby", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HoldRequest: _TypeAlias = HoldRequest  # noqa: Y015
+
+@_typing.final
+class SlicePiece(_message.Message):
+    """A run of bytes of a slice: copied from the whole model's file, given, or zeros."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIZE_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    TENSOR_FIELD_NUMBER: _builtins.int
+    size: _builtins.int
+    source: _builtins.int
+    """offset in the whole file"""
+    data: _builtins.bytes
+    tensor: _builtins.str
+    """the source's tensor that it holds whole; "" for all else"""
+    def __init__(
+        self,
+        *,
+        size: _builtins.int = ...,
+        source: _builtins.int | None = ...,
+        data: _builtins.bytes = ...,
+        tensor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_source", b"_source", "source", b"source"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_source", b"_source", "data", b"data", "size", b"size", "source", b"source", "tensor", b"tensor"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__source: _TypeAlias = _typing.Literal["source"]  # noqa: Y015
+    _WhichOneofArgType__source: _TypeAlias = _typing.Literal["_source", b"_source"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__source) -> _WhichOneofReturnType__source | None: ...
+
+Global___SlicePiece: _TypeAlias = SlicePiece  # noqa: Y015
 
 @_typing.final
 class StageSettings(_message.Message):

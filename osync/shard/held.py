@@ -14,14 +14,12 @@ import structlog
 
 from osync.core.plan import gib
 from osync.core.stages import Route, StageOrder, StageReport, StageState
-from osync.engine.cutting import layer_costs
 from osync.engine.devices import LoadSettings
 from osync.engine.gguf import TENSOR_TYPES, GGUFHeader, read_header
-from osync.engine.header_fetch import fetch_header
 from osync.engine.layers import LayerStage, Part
-from osync.engine.llama import KV_TYPES, ContextSettings, Model
-from osync.engine.slice import plan_slice
-from osync.engine.slice_file import Read
+from osync.engine.llama import ContextSettings, Model
+from osync.engine.slice import SlicePlan
+from osync.engine.slice_file import Read, file_reader
 from osync.engine.slices import SliceCache
 from osync.errors import ModelUnusable, OsyncError, StageLost
 from osync.net.blob import BlobReader
@@ -170,46 +168,36 @@ class Held:
     async def _slice(self) -> AsyncIterator[Path]:
         """Yield the file to load: this host's own if the stage is all of it, else a slice of it or of another's."""
         order, host = self.order, self._host
-        own = host.find(order.digest.removeprefix("sha256:"))
-        if own is not None:
-            header = await asyncio.to_thread(read_header, own)
-            await self._account(header)
-            if (order.first, order.last) == (0, header.block_count):
-                yield own
-                return
-            async with self._cached(header, _file_read(own)) as path:
-                yield path
+        await self._promise(order.weight_bytes, order.kv_bytes)
+        digest = order.digest.removeprefix("sha256:")
+        own = host.find(digest)
+        if own is not None and (order.first, order.last) == (0, order.layers):
+            yield own
             return
-        kept = await asyncio.to_thread(host.slices.find, order.digest.removeprefix("sha256:"), order.first, order.last)
-        kept_header = await asyncio.to_thread(_whole_header, kept.path) if kept is not None else None
-        if kept is not None and kept_header is None:
+        kept = await asyncio.to_thread(host.slices.find, digest, order.first, order.last)
+        if kept is not None and await asyncio.to_thread(_whole_header, kept.path) is None:
             log.warning("slice_damaged", file=kept.path.name)
             await host.slices.discard(kept)
-        if kept is not None and kept_header is not None:
-            # Written whole and checked before: what it weighs stands in its own header.
-            await self._reserve(kept.size_bytes, kept_header)
-            async with host.slices.hold(kept) as path:
+        if own is not None:
+            async with self._cached(digest, file_reader(own)) as path:
                 yield path
             return
-        if not order.sources:
+        if kept is None and not order.sources:
             raise ModelUnusable(f"{order.model} is not on this host, and no daemon that has it was named")
         async with BlobReader(order.digest, order.sources) as reader:
-            header, _ = await fetch_header(reader.read, await reader.size(), order.model)
-            await self._account(header)
 
             async def read(offset: int, length: int) -> bytes:
                 data = await reader.read(offset, length)
                 self._fetched = reader.fetched
                 return data
 
-            async with self._cached(header, read) as path:
-                self._fetched = reader.fetched
+            async with self._cached(digest, read) as path:
                 yield path
 
     @contextlib.asynccontextmanager
-    async def _cached(self, header: GGUFHeader, read: Read) -> AsyncIterator[Path]:
+    async def _cached(self, digest: str, read: Read) -> AsyncIterator[Path]:
         order = self.order
-        plan = plan_slice(header, order.first, order.last)
+        plan = SlicePlan(order.first, order.last, order.layers, order.pieces, ())
         self._change(StageState.FETCHING)
         said = time.monotonic()
 
@@ -221,29 +209,8 @@ class Held:
                 self._news.set()
                 log.info("slice_progress", model=order.model, done=gib(done), total=gib(total))
 
-        digest = order.digest.removeprefix("sha256:")
         async with self._host.slices.use(digest, plan, read, progress=progress) as path:
             yield path
-
-    async def _account(self, header: GGUFHeader) -> None:
-        """Promise the memory that the stage will take, from the whole model's header."""
-        order = self.order
-        if header.block_count != order.layers:
-            raise ModelUnusable(f"{order.model} has {header.block_count} layers, not {order.layers}")
-        costs = layer_costs(header)
-        weights = costs.stage_bytes(order.first, order.last)
-        await self._promise(weights, self._cells_bytes(header))
-
-    async def _reserve(self, weights: int, header: GGUFHeader) -> None:
-        await self._promise(weights, self._cells_bytes(header, whole=False))
-
-    def _cells_bytes(self, header: GGUFHeader, whole: bool = True) -> int:
-        order, settings = self.order, self.order.settings
-        costs = layer_costs(header)
-        layers = range(order.first, order.last) if whole else range(header.block_count)
-        value_bytes = KV_TYPES[settings.kv_type][1]
-        one = sum(costs.cache_bytes(layer, settings.context_length, value_bytes) for layer in layers)
-        return one * settings.sequences
 
     async def _promise(self, weights: int, kv: int) -> None:
         self._weights, self._kv = weights, kv
@@ -278,17 +245,3 @@ def _whole_header(path: Path) -> GGUFHeader | None:
         return header if end <= path.stat().st_size else None
     except (ModelUnusable, OSError, LookupError):
         return None
-
-
-def _file_read(path: Path) -> Read:
-    """Return ranged reads of a file here; each opens it anew, off the event loop."""
-
-    def read(offset: int, length: int) -> bytes:
-        with path.open("rb", buffering=0) as file:
-            file.seek(offset)
-            return file.read(length)
-
-    async def in_thread(offset: int, length: int) -> bytes:
-        return await asyncio.to_thread(read, offset, length)
-
-    return in_thread

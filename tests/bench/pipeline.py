@@ -178,7 +178,9 @@ class Bench:
             if number < 0:
                 continue
             late = random_tokens(LONGER, f"late {number}")
-            result = self.run([prompt], 300, reach=40, late=late)
+            self.driver.send("run", name="it", prompts=[prompt], count=300, reach=40, late=late)
+            self.driver.answer()  # the notice
+            result = self.driver.answer()
             answer, (began, ended) = result["answers"][0], result["late"]
             inside = [b - a for a, b in pairwise(answer["times"]) if b > began and a < ended]
             quiet = [b - a for a, b in pairwise(answer["times"]) if b < began]

@@ -93,6 +93,7 @@ class SumShard:
         self.address = ""
         self.held: list[_Stage] = []
         self.orders: list[StageOrder] = []
+        self.over: list[Epoch] = []
         self.refusal = ""
         """Why it holds nothing."""
         self.loads = asyncio.Event()
@@ -110,9 +111,8 @@ class SumShard:
     async def stop(self) -> None:
         """Be gone, as if the process had been killed."""
         await self.server.stop(0)
-        for stage in self.held:
-            if stage.epoch is not None:
-                await stage.epoch.close()
+        for epoch in [*self.over, *(stage.epoch for stage in self.held if stage.epoch is not None)]:
+            await epoch.close()
 
     async def hold(self, order: StageOrder) -> AsyncGenerator[StageReport, None]:
         """Hold a stage."""
@@ -144,7 +144,11 @@ class SumShard:
         """Connect a flow as a shard does."""
         for stage in self.held:
             if route.layers in (None, (stage.order.first, stage.order.last)):
-                if stage.epoch is None or stage.epoch.number < route.epoch:
+                if stage.epoch is not None and stage.epoch.number < route.epoch:
+                    stage.epoch.fail(StageLost("a new epoch has begun"))
+                    self.over.append(stage.epoch)
+                    stage.epoch = None
+                if stage.epoch is None:
                     stage.epoch = Epoch(route, stage.evaluator, stage.work)
                 return stage.epoch.open(route, down)
         raise StageLost("no such stage")
