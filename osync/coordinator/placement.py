@@ -125,9 +125,9 @@ def _lends(demand: Demand, peer: ShardPeer) -> bool:
 
 
 def _rounded(s_per_byte: float, fastest: float) -> float:
-    """Return a shard's speed by quarters of the fastest's: equal hosts are measured a little different each time, and
+    """Return a shard's speed by halves of the fastest's: equal hosts are measured a little different each time, and
     should get the same layers after every start, which lie on their disks."""
-    return fastest * max(1.0, round(4 * s_per_byte / fastest) / 4)
+    return fastest * max(1.0, round(2 * s_per_byte / fastest) / 2)
 
 
 def _plan(demand: Demand, peers: Sequence[ShardPeer], mine: str) -> Plan | NoPlan:

@@ -16,7 +16,19 @@ MAX_IN_FLIGHT: Final = 256
 MADE_UP_BYTES: Final = 64 << 20
 """Of a slice that no tensor of the model is: padding, and the vocabulary of a stage that has none."""
 _DTYPES: Final = ("f32", "f16", "q8")
-_ORDER: Final = ("pipeline", "owner", "model", "digest", "size", "first", "last", "layers", "standby")
+_ORDER: Final = (
+    "pipeline",
+    "owner",
+    "model",
+    "digest",
+    "size",
+    "first",
+    "last",
+    "layers",
+    "standby",
+    "weight_bytes",
+    "kv_bytes",
+)
 _SETTINGS: Final = tuple(field.name for field in dataclasses.fields(StageSettings))
 _REPORT: Final = tuple(field.name for field in dataclasses.fields(StageReport) if field.name != "state")
 _ROUTE: Final = tuple(field.name for field in dataclasses.fields(Route) if field.name not in ("addresses", "cuts"))

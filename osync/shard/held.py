@@ -79,8 +79,9 @@ class Held:
         """Yield how it is: at every change, and every second; ends after FAILED."""
         while True:
             self._news.clear()
-            yield self.report()
-            if self.state is StageState.FAILED:
+            report = self.report()
+            yield report
+            if report.state is StageState.FAILED:
                 return
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REPORT_S):

@@ -210,13 +210,15 @@ class ShardRole:
             yielding = [h for h in others if not h.leases]
             if not held.is_standby:
                 yielding += [h for h in others if h.leases and h.is_standby]
-            if yielding:
+            ours = [h for h in others if h.order.pipeline == held.order.pipeline]
+            reach = self._left() + sum(self._promised.get(id(h), 0) for h in {*yielding, *ours})
+            if self._draining or (reach < size and not self._ending):
+                break  # nobody is to lose a stage for nothing
+            if yielding and reach >= size:
                 # Its end is not that of whoever waits for it.
                 reason = "another stage needs the memory"
                 await asyncio.wait({self._tasks.spawn("free", self._free(yielding[0], reason))})
                 continue
-            if not self._ending and not any(h.order.pipeline == held.order.pipeline for h in others):
-                break
             self._freed.clear()
             try:
                 async with asyncio.timeout_at(until):

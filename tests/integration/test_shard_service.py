@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from osync.core.stages import Route, StageOrder, StageReport, StageSettings, StageState
+from osync.core.stages import Route, SlicePiece, StageOrder, StageReport, StageSettings, StageState
 from osync.errors import ModelUnusable, OsyncError, UpstreamUnavailable, WireError
 from osync.net import lease as leases
 from osync.net.arrow import Arrow
@@ -22,6 +23,7 @@ from osync.wire.activation_dtype import Activations
 ORDER = StageOrder(
     pipeline="p1", owner="n1", model="m:latest", digest="a" * 64, size=10, first=0, last=2, layers=4,
     settings=StageSettings(context_length=64, sequences=2), sources=("127.0.0.1:1",),
+    pieces=(SlicePiece(4, data=b"GGUF"), SlicePiece(3, source=0, tensor="t"), SlicePiece(9)), weight_bytes=7, kv_bytes=8,
 )  # fmt: skip
 READY = StageReport(state=StageState.READY, weight_bytes=5, kv_bytes=6, busy_s=0.5)
 
@@ -137,11 +139,20 @@ async def test_a_silent_shard_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
         await lease.close()
 
 
-async def test_an_order_without_sense_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"first": 3, "last": 3}, "layers 3 to 3"),
+        ({"pieces": (SlicePiece(5, source=6),)}, "not within the model"),
+        ({"pieces": (SlicePiece(5, data=b"four"),)}, "not as long as it says"),
+        ({"pieces": (SlicePiece(1 << 40),)}, "larger than its model"),
+    ],
+)
+async def test_an_order_without_sense_is_refused(fields: dict[str, Any], says: str) -> None:
     async with serving(Shard([READY])) as address:
         lost, hear = heard()
-        lease = StageLease(address, replace(ORDER, first=3, last=3), hear)
-        with pytest.raises(UpstreamUnavailable, match="layers 3 to 3"):
+        lease = StageLease(address, replace(ORDER, **fields), hear)
+        with pytest.raises(UpstreamUnavailable, match=says):
             await lease.ready()
         await lost
         await lease.close()

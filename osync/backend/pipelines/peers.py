@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from osync.cluster.view import ClusterView, Peer
 from osync.config import Settings
-from osync.coordinator.placement import ShardPeer
+from osync.coordinator.placement import YIELDING, ShardPeer
 from osync.types import NodeId, NodeState
 
 
@@ -62,7 +62,8 @@ class Shards:
         lendable = []
         for shard in self.up():
             lends = shard.lends
-            held = sum(stage.size for stage in lends.stages if stage.owner == self._node_id)
+            mine = [stage for stage in lends.stages if stage.owner == self._node_id and stage.state not in YIELDING]
+            held = sum(stage.size for stage in mine)
             free = min(lends.memory, lends.memory_free + held)
             state = replace(shard.state, shard=replace(lends, memory_free=free))
             lendable.append(ShardPeer(shard.address, state, shard.round_trip_s))
