@@ -23,7 +23,8 @@ from osync.wire.activation_dtype import Activations
 ORDER = StageOrder(
     pipeline="p1", owner="n1", model="m:latest", digest="a" * 64, size=10, first=0, last=2, layers=4,
     settings=StageSettings(context_length=64, sequences=2), sources=("127.0.0.1:1",),
-    pieces=(SlicePiece(4, data=b"GGUF"), SlicePiece(3, source=0, tensor="t"), SlicePiece(9)), weight_bytes=7, kv_bytes=8,
+    pieces=(SlicePiece(4, data=b"GGUF"), SlicePiece(3, source=0, tensor="t"), SlicePiece(9)),
+    weight_bytes=7, kv_bytes=8,
 )  # fmt: skip
 READY = StageReport(state=StageState.READY, weight_bytes=5, kv_bytes=6, busy_s=0.5)
 
