@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check proto format bench bench-gateway bench-engine build clean setup setup-dev
+.PHONY: help run test check proto format bench bench-gateway bench-engine bench-pipeline build clean setup setup-dev
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,6 +40,10 @@ bench-gateway: setup-dev ## what the gateway adds, beside a plain relay, nginx, 
 bench-engine: ## the engine, beside llama.cpp's bare C API and llama-cpp-python's server
 	@$(PYTHON) scripts/setup.py --model engine dev bench
 	$(VENV)/python -m tests.bench.engine $(ARGS)
+
+bench-pipeline: ## a model over shards, beside llama.cpp's RPC backend and the whole model (root, Linux)
+	@$(PYTHON) scripts/setup.py --model engine dev
+	$(VENV)/python -m tests.bench.pipeline $(ARGS)
 
 build: setup-dev ## wheel and sdist in dist/
 	$(VENV)/python -m pip install -q --disable-pip-version-check build

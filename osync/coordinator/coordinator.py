@@ -166,7 +166,10 @@ class Coordinator:
             reason: ModelUnusable | None = None
             for without in dict.fromkeys((bad | leaving, bad, remains.refused | leaving, remains.refused)):
                 try:
-                    return place(demand, peers, remains, pipeline=name, owner=self._node_id, without=without)
+                    # Beside the loop: an exact plan over ten shards takes seconds.
+                    return await asyncio.to_thread(
+                        place, demand, peers, remains, pipeline=name, owner=self._node_id, without=without
+                    )
                 except ModelUnusable as error:
                     reason = reason or error
             if reason is not None and asyncio.get_running_loop().time() >= until:

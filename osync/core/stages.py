@@ -60,6 +60,12 @@ class StageOrder:
     """Held in reserve: given up where a stage that is used needs the memory."""
 
     @property
+    def read_bytes(self) -> int:
+        """Weights that the evaluation of a row reads: of an embedding of tokens that is only looked up, one row."""
+        skipped = "token_embd.weight" if self.is_first and not self.is_last else ""
+        return sum(piece.size for piece in self.pieces if piece.tensor and piece.tensor != skipped)
+
+    @property
     def is_first(self) -> bool:
         """True if it takes tokens."""
         return self.first == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import socket
 import threading
@@ -67,6 +68,7 @@ class ShardRole:
         self._engine = engine
         self._lends = budget(settings.memory, available_memory())
         self._speed = Speed(0.0)
+        self._speed_file = state_dir / "speed.json"
         self._held: list[Held] = []
         self._promised: dict[int, int] = {}
         self._listeners: list[Callable[[], None]] = []
@@ -94,7 +96,7 @@ class ShardRole:
 
     async def start(self) -> None:
         """Measure, and begin to report."""
-        self._speed = Speed(await asyncio.to_thread(measure, threads_for(self._settings.threads)))
+        self._speed = await asyncio.to_thread(self._known_speed)
         await self._host.slices.trim()
         self._tasks.spawn("refresh", self._refresh())
         if self._watches:
@@ -250,14 +252,34 @@ class ShardRole:
                 log.error("scan_failed", exc_info=error)
             await asyncio.sleep(SCAN_S)
 
+    def _known_speed(self) -> Speed:
+        """Return what stages took before the last end, else a first guess; blocking."""
+        threads = threads_for(self._settings.threads)
+        try:
+            kept = json.loads(self._speed_file.read_text())
+            if kept["threads"] == threads and 1e-13 < kept["s_per_byte"] < 1e-3:
+                return Speed(kept["s_per_byte"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return Speed(measure(threads))
+
+    def _keep_speed(self) -> None:
+        threads = threads_for(self._settings.threads)
+        text = json.dumps({"s_per_byte": self._speed.s_per_byte, "threads": threads})
+        try:
+            self._speed_file.write_text(text)
+        except OSError as error:
+            log.warning("speed_not_kept", error=str(error))
+
     async def _refresh(self) -> None:
         """Take the stages' times into the shard's speed, now and then."""
         while True:
             await asyncio.sleep(STATE_S)
             before = self._speed.s_per_byte
             for held in self._held:
-                self._speed.learn(held.report().weight_bytes, held.work.decode_s)
+                self._speed.learn(held.order.read_bytes, held.work.decode_s)
             if abs(self._speed.s_per_byte - before) > 0.05 * before:
+                await asyncio.to_thread(self._keep_speed)
                 self._changed()
 
     def _changed(self) -> None:

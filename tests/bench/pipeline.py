@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import os
 import random
 import statistics
@@ -294,6 +295,8 @@ def main(a: argparse.Namespace) -> int:
     if reason := network.unavailable():
         print(f"bench-pipeline {reason}")
         return 2
+    lock = (Path(tempfile.gettempdir()) / "osync-bench-pipeline.lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)  # two at once would measure each other
     print(f"llama.cpp's RPC backend: {ready()}")
     rounds, kills = (1, 4) if a.quick else (a.rounds, a.kills)
     load = os.getloadavg()[0]

@@ -28,7 +28,9 @@ from osync.engine.sampling import SamplingOptions
 from osync.net.uplink import RemoteLink
 from osync.telemetry.log import setup
 from osync.types import NodeId
-from tests.bench.pipeline_rpc import CONTEXT
+
+SHARD_CONTEXT = 8192
+"""Of each sequence: large enough that the KV cache, and with it the layers, fills the shards' memory evenly."""
 
 
 class Driver:
@@ -69,7 +71,7 @@ class Driver:
         header = read_header(path)
         described = ModelSource(name=path.stem, digest=digest, size=path.stat().st_size, header=header,
                                 vocabulary=path, sources=(source,))  # fmt: skip
-        settings = RunnerSettings(shards=tuple(shards), context_length=CONTEXT, threads=1, **wanted)
+        settings = RunnerSettings(shards=tuple(shards), context_length=SHARD_CONTEXT, threads=1, **wanted)
         began = time.monotonic()
         self._runners[name] = await self._coordinator.load(described, settings)
         return {"seconds": time.monotonic() - began, "stages": await self.do_stages(name)}

@@ -19,7 +19,8 @@ from osync.engine.cutting import layer_costs
 from osync.engine.gguf import read_header
 from osync.engine.llama import KV_TYPES
 from tests.bench import pipeline_rpc
-from tests.bench.pipeline_rpc import CONTEXT, SEQUENCES
+from tests.bench.pipeline_driver import SHARD_CONTEXT
+from tests.bench.pipeline_rpc import SEQUENCES
 from tests.daemons import ROOT, clean_env
 from tests.net.lan import Host, Lan
 
@@ -123,9 +124,8 @@ class Machines:
         """Return what a shard must lend so that equal stages, so many, are all that fits."""
         costs, layers = layer_costs(self.header), self.header.block_count
         cuts = [layers * number // stages for number in range(stages + 1)]
-        tokens = CONTEXT * SEQUENCES
+        tokens = SHARD_CONTEXT * SEQUENCES
         need = max(costs.stage_bytes(first, last, tokens, VALUE_BYTES) for first, last in pairwise(cuts))
-        need += 2 * self.header.header_bytes  # a slice from the disk is taken to weigh as much as its file
         return need + (RESERVE if need > 4 * RESERVE else 0)
 
     def shard(self, host: int, stages: int = 4) -> Machine:

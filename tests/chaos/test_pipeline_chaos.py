@@ -35,7 +35,7 @@ __all__ = ["models_dir"]  # the fixture
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
 
 SEED = 20
-CHAOS_S = 16.0
+CHAOS_S = 14.0
 SETTINGS = RunnerSettings(context_length=512, parallel=8, deterministic=True, stages=3)
 PROMPTS = [f"The {ordinal} of the eight captains looked at the sea and said: " for ordinal in
            ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "last")]  # fmt: skip
@@ -157,7 +157,7 @@ async def whole(models: Path, asked: list[tuple[str, SamplingOptions]]) -> list[
 
 
 async def test_shards_die_and_stop_and_come_back_under_eight_streams(models_dir: Path, tmp_path: Path) -> None:
-    asked = [(prompt, options(number, 32)) for number, prompt in enumerate(PROMPTS)]
+    asked = [(prompt, options(number, 24)) for number, prompt in enumerate(PROMPTS)]
     expected = await whole(models_dir, asked)
     async with cluster(tmp_path, models_dir) as group:
         runner = await group.load(await group.watch())
@@ -193,12 +193,12 @@ async def test_shards_die_and_stop_and_come_back_under_eight_streams(models_dir:
             for number in range(len(asked)):
                 tasks.create_task(stream(number))
         assert min(answered) >= 1
-        assert runner.pipeline.recoveries >= 3
+        assert runner.pipeline.recoveries >= 2
         print(f"answers {sum(answered)}, recoveries {runner.pipeline.recoveries}")
 
 
 async def test_a_shard_that_is_killed_or_leaves_in_mid_answer_costs_no_token(models_dir: Path, tmp_path: Path) -> None:
-    asked = [(PROMPTS[0], options(0, 60)), (PROMPTS[1], options(1, 60))]
+    asked = [(PROMPTS[0], options(0, 40)), (PROMPTS[1], options(1, 40))]
     expected = await whole(models_dir, asked)
     async with cluster(tmp_path, models_dir) as group:
         runner = await group.load(await group.watch())
