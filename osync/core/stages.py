@@ -52,7 +52,7 @@ class StageOrder:
     settings: StageSettings
     sources: tuple[str, ...] = field(default=(), compare=False)
     """host:port of daemons that have the file."""
-    pieces: tuple[SlicePiece, ...] = ()
+    pieces: tuple[SlicePiece, ...] = field(default=(), compare=False)
     """In order, the whole file of the slice: so that only the coordinator reads the model's header."""
     weight_bytes: int = 0
     kv_bytes: int = 0
