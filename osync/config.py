@@ -143,10 +143,8 @@ class Settings:
     stage_timeout: str = setting(
         "5s", "proxy: how long a pipeline may be without progress before it is made anew", env=("OSYNC_STAGE_TIMEOUT",)
     )
-    draft_model: str = setting(
-        "",
-        "proxy: small model with the same vocabulary that drafts tokens for pipelines",
-        env=("OSYNC_DRAFT_MODEL",),
+    drafts: bool = setting(
+        True, "proxy: pipelines look tokens up in the text before and verify several in a trip", env=("OSYNC_DRAFTS",)
     )
     slice_cache: str = setting(
         "20GiB", "shard: disk for slices of models: 20GiB, bytes, 50% of the disk", env=("OSYNC_SLICE_CACHE",)

@@ -136,7 +136,7 @@ class Coordinator:
             size_bytes=size,
             max_queue=settings.max_queue,
             deterministic=settings.deterministic,
-            drafts=settings.drafts,
+            drafts=settings.drafts and self._settings.drafts,
             closed=lambda: self._forget(name),
         )
         self._runners[name] = (demand, runner)

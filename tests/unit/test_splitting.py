@@ -62,7 +62,6 @@ def test_settings_of_distribution_have_their_defaults_and_variables():
     env = {"OSYNC_DISTRIBUTED": "false", "OSYNC_ACTIVATION_DTYPE": "q8", "OSYNC_STAGE_TIMEOUT": "1m30s"}
     settings = load({}, env).settings
     assert (settings.distributed, settings.activation_dtype, settings.stage_timeout) == (False, "q8", "1m30s")
-    assert Settings().draft_model == ""
 
 
 def test_a_model_that_tells_no_parameters_has_as_many_as_its_bytes_allow():
