@@ -163,7 +163,9 @@ def _plan(demand: Demand, peers: Sequence[ShardPeer], mine: str) -> Plan | NoPla
     # Equal hosts give one stream the same time however they share the layers; several streams want equal shares.
     count = len(found.stages)
     even = make_plan(whole, shards, network, replace(wish, objective="throughput", min_stages=count, max_stages=count))
-    return even if isinstance(even, Plan) and even.token_s <= found.token_s * ABOUT_AS_FAST else found
+    if isinstance(even, Plan) and even.token_s <= found.token_s * ABOUT_AS_FAST:
+        return replace(even, objective=found.objective, reason=found.reason, alternatives=found.alternatives)
+    return found
 
 
 def _given_up(peer: ShardPeer, pipeline: str) -> int:

@@ -113,8 +113,13 @@ class Driver:
             counts: list[int] = []
             async for event in runner.generate(prompt, sampling):
                 if isinstance(event, Final):
-                    return {"began": began, "times": times, "counts": counts, "tokens": event.tokens,
-                            "reason": event.done_reason}  # fmt: skip
+                    return {
+                        "began": began,
+                        "ended": time.perf_counter(),
+                        "times": times,
+                        "counts": counts,
+                        "tokens": event.tokens,
+                    }
                 times.append(time.perf_counter())
                 counts.append(len(event.tokens))
                 if number == 0 and reach and sum(counts) >= reach and not reached.is_set():

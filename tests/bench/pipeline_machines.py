@@ -140,7 +140,14 @@ class Machines:
         }  # fmt: skip
         argv = ["osync.cli.daemon", "--insecure", *(w for k, v in flags.items() for w in (f"--{k}", str(v)))]
         log = self.folder / f"shard-{host}.log"
-        return Machine(self.lan, self.lan.host(host), argv, log, 0)
+        before = _lends(log)
+        machine = Machine(self.lan, self.lan.host(host), argv, log, 0)
+        until = time.monotonic() + 30
+        while _lends(log) == before:  # one after the other: several at once would measure each other's speed
+            if machine.popen.poll() is not None or time.monotonic() > until:
+                raise RuntimeError(f"the shard of host {host} did not start: {log.read_text()[-2000:]}")
+            time.sleep(0.02)
+        return machine
 
     def restart(self, hosts: list[int], stages: int = 4) -> float:
         """Start shards again that were killed; return the seconds until they are linked and know their speed."""
@@ -201,6 +208,10 @@ class Machines:
     def wire(self, hosts: list[int]) -> int:
         """Return the bytes that host 0 and these hosts have sent each other so far, headers and all."""
         return sum(self.lan.bytes_sent(0, host) + self.lan.bytes_sent(host, 0) for host in hosts)
+
+
+def _lends(log: Path) -> int:
+    return log.read_text().count('"shard_lends"') if log.exists() else 0
 
 
 def ready() -> str:

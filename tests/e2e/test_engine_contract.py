@@ -77,13 +77,14 @@ def test_a_stop_string_ends_the_text_wherever_tokens_are_cut(engine: Process):
 
 def test_characters_are_never_cut_between_lines(engine: Process):
     def ask(seed: int) -> tuple[str, str]:
-        options = {"temperature": 1.5, "seed": seed, "num_predict": 12, "top_k": 0, "top_p": 1.0}
-        messages = [{"role": "user", "content": "Repeat after me: 😀🎉👩‍👩‍👧 你好世界 ñé"}]
-        _, kind, body = post(engine, "/api/chat", {"model": MODEL, "messages": messages, "options": options})
+        options = {"temperature": 0.5, "seed": seed, "num_predict": 16}
+        prompt = "😀🎉👩‍👩‍👧 你好世界 😀🎉👩‍👩‍👧 你好世界 😀🎉"
+        request = {"model": MODEL, "prompt": prompt, "raw": True, "options": options}
+        _, kind, body = post(engine, "/api/generate", request)
         lines = [json.loads(line.decode()) for line in body.splitlines()]
         assert kind == "application/x-ndjson"
         assert lines[-1]["done"]
-        return "".join(line["message"]["content"] for line in lines), body.decode()
+        return "".join(line["response"] for line in lines), body.decode()
 
     with ThreadPoolExecutor(4) as pool:
         texts = list(pool.map(ask, range(4)))

@@ -160,7 +160,9 @@ async def test_a_chat_keeps_its_history(ollama, monkeypatch, capsys):
 async def test_as_a_process_ctrl_c_ends_it(ollama):
     ollama.hold()
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", "from osync.cli.user import main; main()", "run", "a", "hi",
+        # Who starts the tests in the background may have SIGINT ignored, and children inherit that.
+        sys.executable, "-c", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from osync.cli.user import main; main()", "run", "a", "hi",
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         env={**os.environ, "OSYNC_URL": ollama.url},
     )  # fmt: skip

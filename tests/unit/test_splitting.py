@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from osync.cluster.view import ClusterView, Peer
-from osync.config import Settings, load, parse_count
+from osync.config import load, parse_count
 from osync.core.splitting import Holder, as_hosts, holder, is_beyond, is_plainly_whole, parameters_of
 from osync.errors import ConfigError
 from osync.net.memory import MemoryLink
