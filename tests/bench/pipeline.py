@@ -171,7 +171,11 @@ class Bench:
                 tokens = random_tokens(LONG, f"{number} {trip}")
                 result = self.run([tokens], 1)["answers"][0]
                 mine = result["ended"] - result["began"]
-                theirs, alone = rpc.do("prompt", tokens=tokens), whole.do("prompt", tokens=tokens)
+                theirs, before = rpc.do("prompt", tokens=tokens), whole.cpu_s()
+                alone = whole.do("prompt", tokens=tokens)
+                self.figures.add(
+                    "share of its quota that the unsplit model got", (whole.cpu_s() - before) / alone / SHARE
+                )
                 self.figures.add(f"prefill {trip}", alone / mine)
                 self.figures.add(f"rpc prefill {trip}", alone / theirs)
                 self.figures.add(f"prefill over rpc {trip}", theirs / mine)
@@ -307,6 +311,9 @@ def main(a: argparse.Namespace) -> int:
             PARTS[name](bench, a.quick)
     print(f"\n{a.model.name}, {datetime.now(UTC):%Y-%m-%d}, medians of {rounds}, cuts {bench.split}, {os.cpu_count()} "
           f"cores, load {load:.1f} before and {os.getloadavg()[0]:.1f} after\n")  # fmt: skip
+    if got := bench.figures.seen.get("share of its quota that the unsplit model got"):
+        print(f"share of its quota that the unsplit model got: {statistics.median(got):.2f}; below 0.95 others were at "
+              "work, and four machines suffer more from that than one\n")  # fmt: skip
     return 0 if show(bench.figures, kills) else 1
 
 
