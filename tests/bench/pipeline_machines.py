@@ -6,6 +6,7 @@ model and lends next to nothing. Every process is a machine's only busy one at a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -200,7 +201,11 @@ class Machines:
         port = f":{int(endpoint.rpartition(':')[2]):04X} "
         machine = self.rpc[next(h for h in self.rpc if self.lan.host(h).address == endpoint.rpartition(":")[0])]
         until = time.monotonic() + 30
-        while port not in Path(f"/proc/{machine.popen.pid}/net/tcp").read_text():
+        sockets = Path(f"/proc/{machine.popen.pid}/net/tcp")
+        while True:
+            with contextlib.suppress(OSError):  # it has ended: the next line says why
+                if port in sockets.read_text():
+                    return
             if machine.popen.poll() is not None or time.monotonic() > until:
                 raise RuntimeError(f"no RPC worker at {endpoint}: {machine.log.read_text()[-2000:]}")
             time.sleep(0.02)
